@@ -1,0 +1,50 @@
+"""Regularize a PyTorch model that exists already, see what acts where, and take it all back."""
+
+from regwrap.api import plan, policy, regularize, summary, unregularize
+from regwrap.decorator import regularized
+from regwrap.errors import PolicyError, RegwrapError, RegwrapWarning, UnmatchedRule
+from regwrap.optimizers import param_groups
+from regwrap.penalty import penalties, reg_loss
+from regwrap.record import Entry, Policy
+from regwrap.terms import (
+    L1,
+    L2,
+    L2SP,
+    Dropout,
+    ElasticNet,
+    GroupLasso,
+    Orthogonal,
+    Penalty,
+    WeightDecay,
+)
+from regwrap.where import Where
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "L1",
+    "L2",
+    "L2SP",
+    "Dropout",
+    "ElasticNet",
+    "Entry",
+    "GroupLasso",
+    "Orthogonal",
+    "Penalty",
+    "Policy",
+    "PolicyError",
+    "RegwrapError",
+    "RegwrapWarning",
+    "UnmatchedRule",
+    "WeightDecay",
+    "Where",
+    "param_groups",
+    "penalties",
+    "plan",
+    "policy",
+    "reg_loss",
+    "regularize",
+    "regularized",
+    "summary",
+    "unregularize",
+]

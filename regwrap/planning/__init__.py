@@ -1,0 +1,65 @@
+"""Rules and a model make a policy; nothing here writes to the model."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+from torch import nn
+
+from regwrap.errors import RegwrapWarning, UnmatchedRule
+from regwrap.planning.checks import check, l2sp, start_of
+from regwrap.planning.claims import Claim, Claims, load
+from regwrap.planning.entries import draw_policy
+from regwrap.planning.reach import carry_out, reach, unmatched
+from regwrap.planning.rules import parse_rules, refuse_unbuilt
+from regwrap.planning.survey import Key, Survey
+from regwrap.record import Policy, Rule
+from regwrap.where import parse_where, recorded
+
+__all__ = ["Claim", "Draft", "Key", "draft", "in_force", "parse_rules", "start_of"]
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A plan with what is to be written on each module."""
+
+    survey: Survey
+    claims: Claims
+    rules: list[Rule]
+    added: list[Rule]
+    policy: Policy
+
+
+def draft(model: nn.Module, rules: object, *, strict: bool = True) -> Draft:
+    """What `regularize` would do; see `plan`."""
+    pairs = parse_rules(rules)
+    survey = Survey(model)
+    old, claims = load(survey)
+    start = 1 + max((rule.order for rule in old), default=-1)
+    added = []
+    for i, (where, term) in enumerate(pairs):
+        refuse_unbuilt(i, where, term)
+        rule = Rule(start + i, recorded(where), term)
+        reached = reach(survey, parse_where(where))
+        if not carry_out(survey, claims, rule, reached):
+            _raise_or_warn(unmatched(survey, i, where, term, reached), strict)
+        added.append(rule)
+    check(survey, claims)
+    for key, claim in l2sp(claims):
+        start_of(survey, claim, key)
+    every = old + added
+    return Draft(survey, claims, every, added, draw_policy(survey, claims, every))
+
+
+def _raise_or_warn(message: str, strict: bool) -> None:
+    if strict:
+        raise UnmatchedRule(message)
+    warnings.warn(message, RegwrapWarning, stacklevel=4)
+
+
+def in_force(model: nn.Module) -> Policy:
+    """The policy that lies on the model."""
+    survey = Survey(model)
+    rules, claims = load(survey)
+    return draw_policy(survey, claims, rules)

@@ -1,0 +1,182 @@
+"""What a rule reaches, and what it says when that is nothing."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+
+from torch import nn
+
+from regwrap import sites
+from regwrap.errors import PolicyError
+from regwrap.planning.claims import Claim, Claims
+from regwrap.planning.survey import CALL, Survey, can_be_penalised, class_name, join
+from regwrap.record import Rule
+from regwrap.sites import Node
+from regwrap.terms import Dropout, Term, WeightDecay, WeightTerm
+from regwrap.where import Where, shown
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What a where selects: modules named by it, all modules reached, parameters named by it."""
+
+    where: Where
+    named: list[Node]
+    modules: list[Node]
+    parameters: list[tuple[Node, str]]
+
+
+def reach(survey: Survey, where: Where) -> Reach:
+    """What the where selects, and everything beneath it."""
+    named, modules, parameters = [], [], []
+    covered: list[bool] = []
+    for node in survey.tree:
+        hit = where.selects_module(node.path, node.module)
+        inside = hit or (node.parent is not None and covered[node.parent])
+        covered.append(inside)
+        named += [node] if hit else []
+        modules += [node] if inside else []
+        parameters += [
+            (node, name)
+            for name in survey.keys[id(node.module)]
+            if where.selects_parameter(join(node.path, name), node.path, node.module)
+        ]
+    return Reach(where, named, modules, parameters)
+
+
+def _claim_parameters(survey: Survey, claims: Claims, rule: Rule, reach: Reach) -> int:
+    """Gives a weight term or WeightDecay the parameters it reaches; returns how many."""
+    assert isinstance(rule.term, WeightTerm | WeightDecay)
+    on = rule.term.on
+    reached = [
+        (node.module, name)
+        for node in reach.modules
+        for name in survey.keys[id(node.module)]
+        if survey.covers(on, node.module, name)
+    ]
+    for node, name in reach.parameters:
+        if not can_be_penalised(node.module, name):
+            raise PolicyError(_no_gradient(rule, join(node.path, name), node.module, name))
+        reached.append((node.module, name))
+    mechanism = "optimizer" if isinstance(rule.term, WeightDecay) else "direct"
+    for module, name in reached:
+        key = survey.keys[id(module)][name]
+        claims.take(key, Claim(name, rule.term, rule, mechanism, ((module, name),)))
+    return len(reached)
+
+
+def _no_gradient(rule: Rule, path: str, module: nn.Module, name: str) -> str:
+    dtype = sites.stored(module, name)[0].dtype
+    return (
+        f"Rule ({shown(rule.where)!r}: {rule.term!r}) names {path!r}, whose dtype {dtype} has no "
+        "gradient; name floating point parameters only."
+    )
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a Dropout rule takes the module for a Linear layer."""
+    cls = type(module)
+    by_name = cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers.")
+    return isinstance(module, nn.Linear) or by_name
+
+
+def _claim_calls(survey: Survey, claims: Claims, rule: Rule, reach: Reach) -> int:
+    """Gives a Dropout the Linear layers it reaches; returns how many."""
+    assert isinstance(rule.term, Dropout)
+    linears = [n.module for n in reach.modules if is_linear(n.module)]
+    for node in reach.named:
+        itself = not node.module._modules and reach.where.names_layer()
+        if itself and not is_linear(node.module):
+            raise PolicyError(
+                f"Rule ({shown(rule.where)!r}: {rule.term!r}) names {node.path!r}, a "
+                f"{class_name(node.module)}: a Dropout after a layer that is no Linear is not built "
+                "yet; name Linear layers."
+            )
+    if linears and all(id(module) in survey.idle for module in linears):
+        raise PolicyError(
+            f"Rule ({shown(rule.where)!r}: {rule.term!r}) reaches only Linear layers that are "
+            f"never called in {class_name(survey.model)}: a function uses their weights, so that "
+            "a Dropout after them would never act; name another layer."
+        )
+    for module in linears:
+        acts = id(module) not in survey.idle and rule.term.p > 0
+        claim = Claim(CALL, rule.term, rule, "hook" if acts else None, ((module, CALL),))
+        claims.take((CALL, id(module)), claim)
+    return len(linears)
+
+
+def _clear(survey: Survey, claims: Claims, rule: Rule, reach: Reach) -> int:
+    """Carries out a None; returns how much its where matches."""
+    for node in reach.modules:
+        module = id(node.module)
+        for key in (*survey.keys[module].values(), (CALL, module)):
+            claims.clear(key, rule)
+    for node, name in reach.parameters:
+        claims.clear(survey.keys[id(node.module)][name], rule)
+    return len(reach.modules) + len(reach.parameters)
+
+
+def carry_out(survey: Survey, claims: Claims, rule: Rule, reach: Reach) -> int:
+    """Gives the rule's term what it reaches, or clears it; returns how many sites."""
+    if rule.term is None:
+        return _clear(survey, claims, rule, reach)
+    if isinstance(rule.term, Dropout):
+        return _claim_calls(survey, claims, rule, reach)
+    return _claim_parameters(survey, claims, rule, reach)
+
+
+def unmatched(survey: Survey, index: int, where: object, term: Term | None, reach: Reach) -> str:
+    """Why the rule reaches nothing, and what its author may have meant."""
+    told = f"Rule {index} ({shown(where)!r}: {term!r})"
+    model = class_name(survey.model)
+    if not reach.modules:
+        return f"{told} matches nothing in {model}; {_nearest(survey, where)}."
+    names = ", ".join(f"{n.path!r} ({class_name(n.module)})" for n in reach.named[:3])
+    if isinstance(term, Dropout):
+        return f"{told} reaches no Linear layer in {model}: nothing of that kind lies in {names}."
+    on = getattr(term, "on", "weight")
+    dtypes = _dtypes_without_gradient(survey, reach)
+    if dtypes:
+        return (
+            f"{told} reaches nothing in {model}: the parameters of {names} are {dtypes}, which "
+            "have no gradient; name floating point parameters."
+        )
+    return (
+        f"{told} reaches nothing in {model}: {names} has no parameter that on={on!r} covers; write "
+        "on='all', or the parameter's own name."
+    )
+
+
+def _dtypes_without_gradient(survey: Survey, reach: Reach) -> str:
+    stored = (
+        t
+        for n in reach.modules
+        for name in survey.keys[id(n.module)]
+        for t in sites.stored(n.module, name)
+    )
+    dtypes = {str(t.dtype) for t in stored if not (t.is_floating_point() or t.is_complex())}
+    return ", ".join(sorted(dtypes))
+
+
+def _nearest(survey: Survey, where: object) -> str:
+    """The three nearest names, and how to reach a name at any depth."""
+    paths = [n.path for n in survey.tree if n.path]
+    if isinstance(where, str):
+        deeper = [f"**.{where}"] if any(p.endswith(f".{where}") for p in paths) else []
+        names = paths + [p for site in survey.sites.values() for p in site.paths]
+        near = _closest(where, names)
+    else:
+        deeper = []
+        text = shown(where).removeprefix("nn.")
+        near = _closest(text, sorted({class_name(n.module) for n in survey.firsts()}))
+    told = ", ".join(repr(n) for n in (deeper + near)[:3])
+    return f"the nearest names are {told}" if told else "it has no modules to name"
+
+
+def _closest(name: str, names: list[str]) -> list[str]:
+    """The three nearest: by the whole name, then by the last component."""
+    whole = difflib.get_close_matches(name, names, n=3, cutoff=0.0)
+    last = name.rpartition(".")[2]
+    by_last = [n for n in names if n.rpartition(".")[2] == last]
+    return list(dict.fromkeys(by_last + whole))[:3]

@@ -1,0 +1,252 @@
+"""The policy: rules, entries, and what of them lies on each module."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from regwrap import table
+from regwrap.terms import Term
+from regwrap.where import shown
+
+_KEY = "_regwrap"
+HOOK: Any = "regwrap"
+"""The key of our hooks: an integer id would be given out again in another process."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One term (None clears) for one where; `order` ranks the rules of a model."""
+
+    order: int
+    where: object
+    term: Term | None
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One term at one site of the module on which it lies."""
+
+    site: str
+    term: Term
+    rule: Rule
+    mechanism: str | None
+    by: Rule | None = None
+    """The later rule that replaced or cleared it."""
+
+
+class Reference:
+    """The values that an L2SP term pulls toward; follows its parameter to another device."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor.detach().clone()
+
+    def beside(self, w: Tensor) -> Tensor:
+        """The values where `w` is, distributed as `w` is."""
+        if hasattr(w, "placements") and not hasattr(self.tensor, "placements"):
+            from torch.distributed.tensor import distribute_tensor
+
+            mesh = w.device_mesh  # type: ignore[attr-defined]
+            self.tensor = distribute_tensor(self.tensor.to(w.device), mesh, w.placements)
+        elif self.tensor.device != w.device:
+            self.tensor = self.tensor.to(w.device)
+        return self.tensor
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A decorated class's rules that wait for layers to come."""
+
+    done: int
+    """How many of the class's layers of rules are carried out."""
+    settle: Callable[[nn.Module], None]
+
+
+@dataclass(frozen=True)
+class Record:
+    """What lies on a module: plain data by the parameter's own name, no paths, no closures."""
+
+    marks: tuple[Mark, ...] = ()
+    overridden: tuple[Mark, ...] = ()
+    references: Mapping[str, Reference] = field(default_factory=dict, compare=False)
+    rules: tuple[Rule, ...] = ()
+    """All rules of the calls that had this module as their root."""
+    pending: Pending | None = None
+    census: Census | None = field(default=None, compare=False)
+
+    def __bool__(self) -> bool:
+        return bool(self.marks or self.overridden or self.rules or self.pending)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Record:
+        references = copy.deepcopy(dict(self.references), memo)
+        return dataclasses.replace(self, references=references, census=copy.deepcopy(self.census))
+
+
+EMPTY = Record()
+
+
+def read(module: nn.Module) -> Record:
+    """What lies on the module."""
+    return module.__dict__.get(_KEY, EMPTY)  # type: ignore[no-any-return]
+
+
+def write(module: nn.Module, record: Record) -> None:
+    """Lays the record on the module; an empty one leaves nothing there."""
+    # Through __dict__: a model may have a __setattr__ of its own.
+    if record:
+        module.__dict__[_KEY] = record
+    else:
+        module.__dict__.pop(_KEY, None)
+
+
+def waiting(module: nn.Module, pending: Pending | None) -> Record:
+    """The module's record with other rules waiting."""
+    return dataclasses.replace(read(module), pending=pending)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of a policy: a term at a site, or a layer that has none."""
+
+    path: str
+    layer: str
+    shape: tuple[int, ...] | None
+    parameters: int
+    term: Term | None = None
+    site: str | None = None
+    mechanism: str | None = None
+    rule: int | None = None
+    note: str = ""
+
+    def row(self) -> dict[str, Any]:
+        """The entry as plain data."""
+        row = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return row | {"term": None if self.term is None else repr(self.term)}
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The ordered, immutable set of entries: what will act on a model, or what does.
+
+    Iteration and `len()` are over the entries; `rows()` shows layers without any besides.
+    """
+
+    lines: tuple[Entry, ...]
+    rules: tuple[tuple[object, Term | None], ...]
+    replaced: tuple[Entry, ...]
+    layers: int
+    """Layers with parameters of their own."""
+    parameters: int
+    """Elements of all parameters of the model, each once."""
+    covered: int
+    """Elements that an entry covers, each once."""
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """The entries, in module order."""
+        return tuple(line for line in self.lines if line.term is not None)
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One dict an entry, plus one a layer that has parameters and no entry, in module order."""
+        return [line.row() for line in self.lines]
+
+    def overridden(self) -> list[dict[str, Any]]:
+        """What a later rule replaced or cleared, with the keys of `rows`."""
+        return [line.row() for line in self.replaced]
+
+    def counts(self) -> list[dict[str, Any]]:
+        """One dict a rule: how many layers it reaches, entries in force and overridden."""
+        acting = [[e for e in self.entries if e.rule == i] for i in range(len(self.rules))]
+        return [
+            {
+                "rule": i,
+                "where": shown(where),
+                "term": None if term is None else repr(term),
+                "layers": len({e.path for e in acting[i] if e.mechanism}),
+                "entries": sum(e.mechanism is not None for e in acting[i]),
+                "overridden": sum(e.rule == i for e in self.replaced),
+            }
+            for i, (where, term) in enumerate(self.rules)
+        ]
+
+    def sheet(self, **figures: Any) -> table.Sheet:
+        """The policy as a table that shows these figures besides."""
+        covered = {e.path for e in self.entries if e.mechanism is not None}
+        share = f" ({self.covered / self.parameters:.0%})" if self.parameters else ""
+        footer = (
+            f"{len(covered)} of {self.layers} layers and {self.covered:,} of {self.parameters:,} "
+            f"parameters{share} covered; {table.CONVENTION}",
+            *figures.pop("footer", ()),
+        )
+        return table.Sheet(self.rows(), self.counts(), footer, **figures)
+
+    def __rich__(self) -> Any:
+        return table.draw(self.sheet())
+
+    def _repr_html_(self) -> str:
+        return table.html(self.sheet())
+
+
+class Census:
+    """The modules on which a root's entries lie, so that a replaced one is noticed.
+
+    Transient: a copy takes its own at the first read.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module] | None = None) -> None:
+        self.expected = None if modules is None else [weakref.ref(m) for m in modules]
+
+    def __deepcopy__(self, memo: object) -> Census:
+        return Census()
+
+    def __reduce__(self) -> tuple[type[Census], tuple[()]]:
+        return (Census, ())
+
+    def lost(self, root: nn.Module, found: list[nn.Module]) -> int:
+        """How many modules with entries are no longer beneath the root; counts anew from here."""
+        expected, self.expected = self.expected, [weakref.ref(m) for m in found]
+        if expected is None or len(expected) == len(found):
+            return 0
+        beneath = {id(m) for m in root.modules()}
+        return sum(id(ref()) not in beneath for ref in expected)
+
+
+def lift(module: nn.Module) -> dict[str, Any]:
+    """Everything of ours that lies on one module, to be laid on its copy."""
+    own = {k: v for k, v in module.__dict__.items() if k.startswith(_KEY)}
+    hooks = {d: fns[HOOK] for d, fns in _hook_dicts(module) if HOOK in fns}
+    return {"own": own, "hooks": hooks} if own or hooks else {}
+
+
+def lay(module: nn.Module, lifted: dict[str, Any]) -> None:
+    """Lays on a module what `lift` took from another."""
+    module.__dict__.update(lifted["own"])
+    for name, hook in lifted["hooks"].items():
+        module.__dict__[name][HOOK] = hook
+
+
+def strip(module: nn.Module) -> bool:
+    """Takes everything of ours from one module; whether there was any."""
+    lifted = lift(module)
+    for key in lifted.get("own", ()):
+        del module.__dict__[key]
+    for name in lifted.get("hooks", ()):
+        del module.__dict__[name][HOOK]
+    return bool(lifted)
+
+
+def _hook_dicts(module: nn.Module) -> Iterator[tuple[str, dict[Any, Any]]]:
+    for name in ("_forward_hooks", "_forward_pre_hooks"):
+        yield name, module.__dict__.get(name, {})

@@ -1,0 +1,284 @@
+"""What a model has to act on: its modules under all their names, and the parameters of each."""
+
+from __future__ import annotations
+
+import fnmatch
+import inspect
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+_NORM_NAME = re.compile(r"norm(alization)?(act|gated)?(\dd)?$", re.IGNORECASE)
+_NORM_TYPES = (
+    nn.modules.batchnorm._NormBase,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+    nn.CrossMapLRN2d,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Node:
+    """A module under one of its names; `parent` is the index of the node above it."""
+
+    path: str
+    module: nn.Module
+    parent: int | None
+    first: bool
+    """Whether this is the module's first name, the one `named_modules` shows."""
+
+
+def nodes(model: nn.Module) -> list[Node]:
+    """Every name of every module, in `named_modules` order, without what is in parametrizations.
+
+    A module that holds one of its own ancestors is not followed round.
+    """
+    found: list[Node] = []
+    seen: set[int] = set()
+    above: set[int] = set()
+
+    def visit(path: str, module: nn.Module, parent: int | None) -> None:
+        index = len(found)
+        found.append(Node(path, module, parent, id(module) not in seen))
+        seen.add(id(module))
+        above.add(id(module))
+        for name, child in module._modules.items():
+            if child is not None and id(child) not in above and not _is_machinery(name, child):
+                visit(f"{path}.{name}" if path else name, child, index)
+        above.remove(id(module))
+
+    visit("", model, None)
+    return found
+
+
+def _is_machinery(name: str, child: nn.Module) -> bool:
+    return name == "parametrizations" and isinstance(child, nn.ModuleDict)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside `torch.compile`, DDP and DataParallel wrappers."""
+    while True:
+        inner = model._modules.get("_orig_mod" if _is_compiled(model) else "module")
+        if inner is None or not (_is_compiled(model) or isinstance(model, _PARALLEL)):
+            return model
+        model = inner
+
+
+_PARALLEL = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    # Without importing torch._dynamo, which takes a second: no wrapper exists before it is loaded.
+    frames = sys.modules.get("torch._dynamo.eval_frame")
+    return frames is not None and isinstance(module, frames.OptimizedModule)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether the module is a `torch.compile` wrapper."""
+    return _is_compiled(module)
+
+
+def is_fsdp1(module: nn.Module) -> bool:
+    """Whether the module is a wrapper of the first FSDP, which flattens parameters."""
+    fsdp = sys.modules.get("torch.distributed.fsdp.fully_sharded_data_parallel")
+    return fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel)
+
+
+def parameter_names(module: nn.Module) -> Iterator[str]:
+    """The module's own parameters as its author named them.
+
+    A parametrized weight stands under its plain name (`weight`, not `weight_g` and `weight_v` or
+    `parametrizations.weight.original`): there the effective weight is the site.
+    """
+    legacy = dict(_legacy(module))
+    hidden = {f"{name}{end}" for name in legacy for end in ("_g", "_v", "_orig")}
+    own = (n for n, p in module._parameters.items() if p is not None and n not in hidden)
+    yield from own
+    yield from legacy
+    yield from _parametrized(module)
+
+
+def _parametrized(module: nn.Module) -> Iterable[str]:
+    inside = module._modules.get("parametrizations")
+    return (
+        inside._modules if inside is not None and _is_machinery("parametrizations", inside) else ()
+    )
+
+
+def _parametrization(module: nn.Module, name: str) -> nn.Module:
+    return module.get_submodule(f"parametrizations.{name}")
+
+
+def _legacy(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Weights recomputed by the old pre-hooks of weight_norm, spectral_norm and prune."""
+    hook: Any
+    for hook in module._forward_pre_hooks.values():
+        kind = type(hook)
+        if kind.__module__ in (
+            "torch.nn.utils.weight_norm",
+            "torch.nn.utils.spectral_norm",
+        ):
+            yield hook.name, hook
+        elif kind.__module__ == "torch.nn.utils.prune":
+            yield hook._tensor_name, hook
+
+
+def stored(module: nn.Module, name: str) -> list[Tensor]:
+    """The parameters behind a site: itself, or what its parametrization computes it from."""
+    if (own := module._parameters.get(name)) is not None:
+        return [own]
+    if name in _parametrized(module):
+        return list(_parametrization(module, name).parameters())
+    ends = (f"{name}{end}" for end in ("_g", "_v", "_orig"))
+    return [p for end in ends if (p := module._parameters.get(end)) is not None]
+
+
+def is_effective(module: nn.Module, name: str) -> bool:
+    """Whether the site is computed from other parameters."""
+    return module._parameters.get(name) is None and bool(stored(module, name))
+
+
+def read(module: nn.Module, name: str) -> Tensor | None:
+    """The live tensor of a site; None where there is none (yet).
+
+    A parametrized weight is computed anew with its parametrizations in eval: no power iteration
+    runs and no cache is filled.
+    """
+    own: object = module._parameters.get(name)
+    if own is None:
+        own = _effective(module, name) if is_effective(module, name) else module.__dict__.get(name)
+    return own if isinstance(own, Tensor) and not is_lazy(own) else None
+
+
+def _effective(module: nn.Module, name: str) -> Tensor:
+    if name in _parametrized(module):
+        return _in_eval(_parametrization(module, name))
+    hook = dict(_legacy(module))[name]
+    if hasattr(hook, "apply_mask"):
+        return hook.apply_mask(module)  # type: ignore[no-any-return]
+    if type(hook).__module__ == "torch.nn.utils.spectral_norm":
+        return hook.compute_weight(module, do_power_iteration=False)  # type: ignore[no-any-return]
+    return hook.compute_weight(module)  # type: ignore[no-any-return]
+
+
+def _in_eval(parametrization: nn.Module) -> Tensor:
+    training = [m for m in parametrization.modules() if m.training]
+    try:
+        for m in training:
+            m.training = False
+        return parametrization()  # type: ignore[no-any-return]
+    finally:
+        for m in training:
+            m.training = True
+
+
+def shape(module: nn.Module, name: str) -> tuple[int, ...] | None:
+    """The shape of a site, None while it is lazy; without moving the random state."""
+    if not is_effective(module, name):
+        tensor = read(module, name)
+    else:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            tensor = read(module, name)
+    return None if tensor is None else tuple(tensor.shape)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether the module is a normalization layer, by its class or by its class's name."""
+    return isinstance(module, _NORM_TYPES) or bool(_NORM_NAME.search(type(module).__name__))
+
+
+def is_bias(name: str) -> bool:
+    """Whether a parameter's own name is one of a bias: `bias`, `bias_ih_l0`, `in_proj_bias`."""
+    return name == "bias" or name.startswith("bias_") or name.endswith("_bias")
+
+
+def is_plain(module: nn.Module, name: str, dims: int) -> bool:
+    """Whether a parameter is a weight proper: 2 dimensions, no bias, not of a norm layer."""
+    return dims >= 2 and not is_bias(name) and not is_norm(module)
+
+
+def author_marks(tree: list[Node]) -> set[tuple[int, str]]:
+    """What the model's author keeps from decay, as (id of the module, parameter's name).
+
+    Known spellings: `no_weight_decay` (a method, property or attribute: names or patterns relative
+    to the module), `no_weight_decay_keywords` (parts of names), and the parameter's own
+    `_no_weight_decay`, `no_weight_decay` or `_optim = {"weight_decay": 0}`.
+    """
+    scopes = list(_scopes(tree))
+    marks = set()
+    for node in tree:
+        for name in parameter_names(node.module):
+            path = f"{node.path}.{name}" if node.path else name
+            if any(scope.marks(path) for scope in scopes) or any(
+                _marks_itself(p) for p in stored(node.module, name)
+            ):
+                marks.add((id(node.module), name))
+    return marks
+
+
+@dataclass(frozen=True)
+class _Scope:
+    prefix: str
+    names: tuple[str, ...]
+    keywords: tuple[str, ...]
+    everything: bool
+
+    def marks(self, path: str) -> bool:
+        if not path.startswith(self.prefix):
+            return False
+        path = path[len(self.prefix) :]
+        return (
+            self.everything
+            or any(word in path for word in self.keywords)
+            or any(
+                path == name or path.startswith(f"{name}.") or fnmatch.fnmatchcase(path, name)
+                for name in self.names
+            )
+        )
+
+
+def _scopes(tree: list[Node]) -> Iterator[_Scope]:
+    plain: set[type] = set()  # classes seen to spell nothing: getattr_static is slow
+    for node in tree:
+        cls = type(node.module)
+        own = node.module.__dict__
+        if cls in plain and "no_weight_decay" not in own and "no_weight_decay_keywords" not in own:
+            continue
+        names = _spelled(node, "no_weight_decay")
+        keywords = _spelled(node, "no_weight_decay_keywords")
+        if names is None and keywords is None:
+            plain.add(cls)
+            continue
+        prefix = f"{node.path}." if node.path else ""
+        everything = names is True
+        yield _Scope(prefix, _strings(names), _strings(keywords), everything)
+
+
+def _spelled(node: Node, name: str) -> object:
+    """The author's mark, or None; looked up statically so that no `__getattr__` invents one."""
+    if inspect.getattr_static(node.module, name, None) is None:
+        return None
+    value = getattr(node.module, name)
+    return value() if callable(value) else value
+
+
+def _strings(value: object) -> tuple[str, ...]:
+    if isinstance(value, str):
+        return (value,)
+    return tuple(v for v in value if isinstance(v, str)) if isinstance(value, Iterable) else ()
+
+
+def _marks_itself(parameter: Tensor) -> bool:
+    if getattr(parameter, "_no_weight_decay", False) or getattr(
+        parameter, "no_weight_decay", False
+    ):
+        return True
+    optim = getattr(parameter, "_optim", None)
+    return isinstance(optim, dict) and optim.get("weight_decay") == 0

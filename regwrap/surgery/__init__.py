@@ -1,0 +1,155 @@
+"""Carries a plan out on a model, and takes it back."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterable
+
+from torch import nn
+
+from regwrap import identity, planning, record
+from regwrap.errors import RegwrapWarning
+from regwrap.penalty import RegularizedMixin
+from regwrap.planning import Claim, Draft, Key
+from regwrap.record import Census, Mark, Record, Reference
+from regwrap.surgery import output
+from regwrap.terms import L2SP, Dropout
+
+
+def apply(root: nn.Module, draft: Draft) -> None:
+    """Writes the plan on the model; a failure half-way leaves the model as it was."""
+    modules = [node.module for node in draft.survey.firsts()]
+    before = [(m, record.lift(m)) for m in modules]
+    try:
+        _write(root, draft)
+    except BaseException:
+        for module, lifted in before:
+            record.strip(module)
+            if lifted:
+                record.lay(module, lifted)
+        raise
+
+
+def _write(root: nn.Module, draft: Draft) -> None:
+    records = _records(root, draft)
+    hooked = False
+    for node in draft.survey.firsts():
+        module = node.module
+        record.write(module, records.get(id(module), record.EMPTY))
+        hooked |= _sync_dropout(module)
+    if _owns_reg_loss(root):
+        _warn_of_own_reg_loss(root)
+    else:
+        identity.splice(root, RegularizedMixin)
+    if hooked:
+        _forget_compiled()
+
+
+def _records(root: nn.Module, draft: Draft) -> dict[int, Record]:
+    """The record of every module that is to have one, by the module's id."""
+    marks: dict[int, list[Mark]] = {}
+    lost: dict[int, list[Mark]] = {}
+    references: dict[int, dict[str, Reference]] = {}
+    modules: dict[int, nn.Module] = {}
+    for key, claim in _every_claim(draft):
+        for module, name in claim.owners:
+            modules[id(module)] = module
+            into = marks if claim.by is None else lost
+            into.setdefault(id(module), []).append(claim.mark(name))
+            if claim.by is None and isinstance(claim.term, L2SP):
+                start = _reference(draft, key, claim, module, name)
+                references.setdefault(id(module), {}).update(start)
+    records = {}
+    for node in draft.survey.firsts():
+        i, old = id(node.module), record.read(node.module)
+        is_root = node.module is root
+        records[i] = Record(
+            marks=tuple(marks.get(i, ())),
+            overridden=tuple(lost.get(i, ())),
+            references=references.get(i, {}),
+            rules=(*old.rules, *(draft.added if is_root else ())),
+            census=Census(modules[m] for m in marks) if is_root else old.census,
+        )
+    return records
+
+
+def _every_claim(draft: Draft) -> Iterable[tuple[Key, Claim]]:
+    for key, families in draft.claims.held.items():
+        for claim in sorted(families.values(), key=lambda c: c.rule.order):
+            yield key, claim
+    for key, claims in draft.claims.lost.items():
+        for claim in claims:
+            yield key, claim
+
+
+def _reference(
+    draft: Draft, key: Key, claim: Claim, module: nn.Module, name: str
+) -> dict[str, Reference]:
+    """The starting point of a site; the same term applied again keeps the one it has."""
+    old = record.read(module)
+    kept = any(m.site == name and m.term == claim.term for m in old.marks)
+    if kept and name in old.references:
+        return {name: old.references[name]}
+    start = planning.start_of(draft.survey, claim, key)
+    return {} if start is None else {name: Reference(start)}
+
+
+def _sync_dropout(module: nn.Module) -> bool:
+    """Puts the hook where the record wants one; whether hooks were added or taken."""
+    rates = [
+        mark.term.p
+        for mark in record.read(module).marks
+        if isinstance(mark.term, Dropout) and mark.mechanism == "hook"
+    ]
+    return output.install(module, rates[0]) if rates else output.remove(module)
+
+
+def _owns_reg_loss(root: nn.Module) -> bool:
+    if identity.is_spliced(root, RegularizedMixin):
+        return False
+    held = (root.__dict__, root._parameters, root._buffers, root._modules)
+    return hasattr(type(root), "reg_loss") or any("reg_loss" in names for names in held)
+
+
+def _warn_of_own_reg_loss(root: nn.Module) -> None:
+    warnings.warn(
+        f"{type(root).__name__} has a reg_loss of its own, which it keeps; read the penalties with "
+        "regwrap.reg_loss(model).",
+        RegwrapWarning,
+        stacklevel=5,
+    )
+
+
+def revert(root: nn.Module) -> None:
+    """Takes back everything at and beneath the module, on copies of a model too."""
+    changed = False
+    for module in list(root.modules()):
+        changed |= output.remove(module)
+        record.strip(module)
+        identity.unsplice(module, RegularizedMixin)
+    if changed:
+        _forget_compiled()
+
+
+_warned = False
+
+
+def _forget_compiled() -> None:
+    """Drops what torch.compile has compiled: it does not look at hooks, and would go on without."""
+    frames = sys.modules.get("torch._dynamo.convert_frame")
+    if frames is None or not frames.input_codes.seen:
+        return
+    import torch
+
+    global _warned
+    torch.compiler.reset()
+    if not _warned:
+        _warned = True
+        warnings.warn(
+            "A dropout was put on or taken from a model after something had been compiled: "
+            "torch.compiler.reset() was called, since torch.compile does not look at hooks; "
+            "compiled models compile again at their next call.",
+            RegwrapWarning,
+            stacklevel=6,
+        )

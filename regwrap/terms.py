@@ -1,0 +1,504 @@
+"""What acts: frozen values that know their mathematics and nothing of modules."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+import pickle
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from regwrap.errors import PolicyError
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The real dtype in which a sum over `dtype` is right: float32, or wider."""
+    real = dtype.to_real() if dtype.is_complex else dtype
+    return torch.promote_types(real, torch.float32)
+
+
+def _real(w: Tensor) -> Tensor:
+    """`w` as a real tensor, float32 or wider: cast before anything is squared (fp16 overflows)."""
+    if w.is_complex():
+        w = torch.view_as_real(w)
+    return w.to(_accumulator(w.dtype))
+
+
+def _sum_of_squares(w: Tensor) -> Tensor:
+    # Not a norm: on a CPU torch.linalg.vector_norm over a whole tensor adds up naively in float32
+    # (37 % off at 1e8 elements); sum() cascades.
+    return _real(w).square().sum()
+
+
+def _number(owner: str, name: str, value: object, *, below: float = math.inf) -> float:
+    """`value` as a float in [0, below), or an error that shows the value."""
+    wanted = "a finite number >= 0" if below == math.inf else f"a number in [0, {below:g})"
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(
+            f"{owner}: {name} must be {wanted}, not {value!r} of type {type(value).__name__}."
+        )
+    number = float(value)
+    if not 0 <= number < below:  # NaN and inf fail this too
+        raise ValueError(f"{owner}: {name} must be {wanted}, not {value!r}.")
+    return number
+
+
+def _integer(owner: str, name: str, value: object, *, least: int | None = None) -> int:
+    wanted = "an integer" if least is None else f"an integer >= {least}"
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(
+            f"{owner}: {name} must be {wanted}, not {value!r} of type {type(value).__name__}."
+        )
+    if least is not None and value < least:
+        raise ValueError(f"{owner}: {name} must be {wanted}, not {value!r}.")
+    return int(value)
+
+
+def _choice(owner: str, name: str, value: object, choices: tuple[str, ...]) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"{owner}: {name} must be one of {choices}, not {value!r}.")
+    if value not in choices:
+        raise ValueError(f"{owner}: {name} must be one of {choices}, not {value!r}.")
+
+
+def _on(owner: str, value: object, refused: tuple[str, ...]) -> str | tuple[str, ...]:
+    """`on=` as a word, a parameter's name or a tuple of names."""
+    names = (value,) if isinstance(value, str) else value
+    if not isinstance(names, tuple | list) or not all(isinstance(n, str) for n in names):
+        raise TypeError(
+            f"{owner}: on must be 'weight', 'bias', 'all', 'output', a parameter's own name "
+            f"or a tuple of names, not {value!r}."
+        )
+    if not names or not all(names):
+        raise ValueError(f"{owner}: on must name at least one parameter, not {value!r}.")
+    for name in names:
+        if name in refused or "." in name:
+            raise ValueError(
+                f"{owner}: on={name!r} is not possible here; write 'weight' or a parameter's own "
+                f"name without dots."
+            )
+    return value if isinstance(value, str) else tuple(names)
+
+
+class Term:
+    """What acts on a site; compared by class and arguments; `a + b` lists terms."""
+
+    by_identity: ClassVar[frozenset[str]] = frozenset()
+    """Fields compared, hashed and shown by identity (functions, reference tensors)."""
+
+    def __add__(self, other: object) -> tuple[Term, ...]:
+        if isinstance(other, Term):
+            return (self, other)
+        return (self, *other) if _is_terms(other) else NotImplemented  # type: ignore[misc]
+
+    def __radd__(self, other: object) -> tuple[Term, ...]:
+        return (*other, self) if _is_terms(other) else NotImplemented  # type: ignore[misc]
+
+    def _key(self) -> tuple[object, ...]:
+        values = ((f.name, getattr(self, f.name)) for f in _fields(self))
+        return (
+            type(self),
+            *(id(value) if name in self.by_identity else value for name, value in values),
+        )
+
+    def __eq__(self, other: object) -> bool:
+        return self._key() == other._key() if isinstance(other, Term) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def __deepcopy__(self, memo: object) -> Term:
+        return self  # immutable; a copy of a model must compare equal to it
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(self._shown())})"
+
+    def _shown(self) -> list[str]:
+        """The arguments as in the source: required ones by position, others only if not default."""
+        shown = []
+        for f in sorted(_fields(self), key=lambda f: bool(f.kw_only)):
+            value = getattr(self, f.name)
+            if f.default is dataclasses.MISSING and not f.kw_only:
+                shown.append(_source(value))
+            elif value != f.default:
+                shown.append(f"{f.name}={_source(value)}")
+        return shown
+
+    @property
+    def family(self) -> tuple[str, ...]:
+        """The kind of the term, within which a later rule overrides: its class."""
+        return (type(self).__name__,)
+
+
+def _fields(term: Term) -> tuple[dataclasses.Field[Any], ...]:
+    return dataclasses.fields(term)  # type: ignore[arg-type]  # every concrete term is a dataclass
+
+
+def _is_terms(value: object) -> bool:
+    return isinstance(value, tuple) and all(isinstance(t, Term) for t in value)
+
+
+def _source(value: object) -> str:
+    """`value` as an expression: `torch.nn.AlphaDropout` for a class, its repr otherwise."""
+    if isinstance(value, type):
+        public = getattr(nn, value.__name__, None) is value
+        return (
+            f"torch.nn.{value.__name__}" if public else f"{value.__module__}.{value.__qualname__}"
+        )
+    return getattr(value, "__qualname__", None) or repr(value)
+
+
+class _Strong(Term):
+    """Declares the strength that every weight term takes, each at its own position."""
+
+    strength: float
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class WeightTerm(_Strong):
+    """A term whose value is computed from a tensor: strength * f(tensor)."""
+
+    on: str | tuple[str, ...] = field(default="weight", kw_only=True)
+
+    refused_on: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        object.__setattr__(self, "strength", _number(name, "strength", self.strength))
+        object.__setattr__(self, "on", _on(name, self.on, self.refused_on))
+
+    def value(self, w: Tensor, reference: Tensor | None = None) -> Tensor:
+        """The penalty of one tensor: 0-dim, differentiable, float32 or wider."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class _Timed(WeightTerm):
+    """A weight term that can be made to count only when its module was called."""
+
+    when: str = field(default="always", kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _choice(type(self).__name__, "when", self.when, ("always", "called"))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class L1(_Timed):
+    """L1 penalty: strength * sum(abs(w)); its (sub)gradient is strength * sign(w).
+
+    Args:
+        strength: lambda, >= 0.
+        on: `"weight"`, `"bias"`, `"all"`, `"output"`, a parameter's own name or a tuple of names.
+        when: `"always"`, or `"called"` to count only if the module ran in the last forward.
+        solver: `None`, or `"hadamard"` for a smooth W = U * V parametrization.
+
+    Raises:
+        TypeError, ValueError: for a strength that is no finite number >= 0.
+
+    Source: Tibshirani, Regression shrinkage and selection via the lasso (1996).
+    """
+
+    strength: float
+    solver: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.solver is not None:
+            _choice("L1", "solver", self.solver, ("hadamard",))
+
+    def value(self, w: Tensor, reference: Tensor | None = None) -> Tensor:
+        """Strength * sum(abs(w)), accumulated in float32 or wider."""
+        return self.strength * w.abs().sum(dtype=_accumulator(w.dtype))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class L2(_Timed):
+    """L2 penalty: strength / 2 * sum(w^2); its gradient is strength * w.
+
+    In the loss it is what `SGD(weight_decay=strength)` does. Keras' `L2(s)` is `L2(2 * s)` here.
+
+    Args:
+        strength: lambda, >= 0.
+        on: `"weight"`, `"bias"`, `"all"`, `"output"`, a parameter's own name or a tuple of names.
+        when: `"always"`, or `"called"` to count only if the module ran in the last forward.
+
+    Raises:
+        TypeError, ValueError: for a strength that is no finite number >= 0.
+
+    Source: Hoerl and Kennard, Ridge regression (1970).
+    """
+
+    strength: float
+
+    def value(self, w: Tensor, reference: Tensor | None = None) -> Tensor:
+        """Strength / 2 * sum(w^2), accumulated in float32 or wider."""
+        return self.strength / 2 * _sum_of_squares(w)
+
+
+def ElasticNet(
+    strength: float,
+    l1_ratio: float,
+    *,
+    on: str | tuple[str, ...] = "weight",
+    when: str = "always",
+) -> tuple[Term, ...]:
+    """scikit-learn's elastic net: strength * (l1_ratio * |w|_1 + (1 - l1_ratio) / 2 * |w|_2^2).
+
+    A tuple of an `L1` and an `L2`, each overridden like any other.
+
+    Args:
+        strength: lambda (scikit-learn's alpha), >= 0.
+        l1_ratio: the share of L1, in [0, 1].
+        on: as for `L1`.
+        when: as for `L1`.
+
+    Raises:
+        TypeError, ValueError: for a bad strength or a ratio outside [0, 1].
+
+    Source: Zou and Hastie (2005); `sklearn.linear_model.ElasticNet`.
+    """
+    strength = _number("ElasticNet", "strength", strength)
+    ratio = _number("ElasticNet", "l1_ratio", l1_ratio)
+    if ratio > 1:
+        raise ValueError(f"ElasticNet: l1_ratio must be a number in [0, 1], not {l1_ratio!r}.")
+    return (
+        L1(strength * ratio, on=on, when=when),
+        L2(strength * (1 - ratio), on=on, when=when),
+    )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class GroupLasso(WeightTerm):
+    """Group lasso: strength * sum over groups of sqrt(elements of the group) * norm2(group).
+
+    A group is `size` consecutive units along `dim`: neurons, filters, attention heads. The gradient
+    of a group that is exactly zero is zero.
+
+    Args:
+        strength: lambda, >= 0.
+        dim: the dimension along which units are counted.
+        size: units a group.
+        on: `"weight"`, a parameter's own name or a tuple of names.
+
+    Raises:
+        TypeError, ValueError: for a bad argument.
+        PolicyError: where `dim` does not exist, or `size` does not divide a tensor.
+
+    Source: Yuan and Lin, Model selection and estimation with grouped variables (2006).
+    """
+
+    strength: float
+    dim: int = 0
+    size: int = 1
+
+    refused_on: ClassVar[tuple[str, ...]] = ("all", "output")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "dim", _integer("GroupLasso", "dim", self.dim))
+        object.__setattr__(self, "size", _integer("GroupLasso", "size", self.size, least=1))
+
+    def value(self, w: Tensor, reference: Tensor | None = None) -> Tensor:
+        """Strength * sum over groups of sqrt(elements) * norm2."""
+        groups = self.grouped(w)
+        squares = _real(groups).square().flatten(1).sum(1)
+        # sqrt has no finite gradient at zero: a group of zeros takes the subgradient zero.
+        norms = torch.where(squares > 0, squares, 1).sqrt() * (squares > 0)
+        return self.strength * math.sqrt(groups.shape[1]) * norms.sum()
+
+    def grouped(self, w: Tensor) -> Tensor:
+        """`w` as (groups, elements of a group)."""
+        units = w.movedim(self.dim, 0)
+        return units.reshape(units.shape[0] // self.size, -1)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Orthogonal(WeightTerm):
+    """Keras' OrthogonalRegularizer on rows: strength * sum(|cos(r_i, r_j)|, i != j) / (n(n-1)).
+
+    Rows of the tensor flattened to (shape[0], -1) are normalised first; of a single row it is 0.
+
+    Args:
+        strength: lambda, >= 0.
+        on: `"weight"`, a parameter's own name or a tuple of names.
+
+    Raises:
+        TypeError, ValueError: for a bad argument.
+
+    Source: `keras.regularizers.OrthogonalRegularizer(mode="rows")`.
+    """
+
+    strength: float
+
+    refused_on: ClassVar[tuple[str, ...]] = ("all", "output")
+
+    def value(self, w: Tensor, reference: Tensor | None = None) -> Tensor:
+        """Strength * the mean absolute cosine between different rows."""
+        rows = w.reshape(w.shape[0], -1).to(torch.promote_types(w.dtype, torch.float32))
+        count = rows.shape[0]
+        if count < 2:
+            return 0.0 * _real(w).sum()
+        squares = (rows * rows.conj()).real.sum(1, keepdim=True)
+        rows = rows * squares.clamp_min(1e-12).rsqrt()  # Keras' own epsilon
+        cosines = rows @ rows.mH
+        off = cosines - torch.diag_embed(torch.diagonal(cosines))
+        return self.strength * off.abs().sum() / (count * (count - 1))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class L2SP(_Timed):
+    """L2 toward a starting point: strength / 2 * sum((w - w0)^2); gradient strength * (w - w0).
+
+    Args:
+        strength: lambda, >= 0.
+        reference: `None` takes the values at the time of `regularize`; otherwise a mapping such as
+            a `state_dict`, or a model.
+        on: as for `L1`, without `"output"`.
+        when: as for `L1`.
+
+    Raises:
+        TypeError, ValueError: for a bad argument.
+
+    Source: Li, Grandvalet and Davoine, Explicit inductive bias for transfer learning (2018).
+    """
+
+    strength: float
+    reference: Mapping[str, Tensor] | nn.Module | None = None
+
+    by_identity: ClassVar[frozenset[str]] = frozenset({"reference"})
+    refused_on: ClassVar[tuple[str, ...]] = ("output",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.reference, Mapping | nn.Module | None):
+            raise TypeError(
+                "L2SP: reference must be None, a mapping such as a state_dict, or a model, "
+                f"not {self.reference!r}."
+            )
+
+    def _shown(self) -> list[str]:
+        if self.reference is None:
+            return super()._shown()
+        plain = dataclasses.replace(self, reference=None)
+        first, *others = plain._shown()
+        return [first, f"reference=<{type(self.reference).__name__}>", *others]
+
+    def value(self, w: Tensor, reference: Tensor | None = None) -> Tensor:
+        """Strength / 2 * sum((w - reference)^2)."""
+        if reference is None:
+            raise PolicyError("L2SP needs the reference tensor of its site.")
+        return self.strength / 2 * _sum_of_squares(w - reference)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Penalty(_Timed):
+    """A penalty of one's own: strength * fn(tensor), any `tensor -> scalar`.
+
+    Args:
+        fn: any callable from a tensor to a 0-dim tensor.
+        strength: lambda, >= 0.
+        name: what tells it from other penalties on the same site; by default the function's name.
+        on: as for `L1`.
+        when: as for `L1`.
+
+    Raises:
+        TypeError, ValueError: for a bad argument.
+        PolicyError: when it is pickled and its function cannot be.
+    """
+
+    fn: Callable[[Tensor], Tensor]
+    strength: float
+    name: str = ""
+
+    by_identity: ClassVar[frozenset[str]] = frozenset({"fn"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not callable(self.fn):
+            raise TypeError(f"Penalty: fn must be a callable tensor -> scalar, not {self.fn!r}.")
+        if not isinstance(self.name, str):
+            raise TypeError(f"Penalty: name must be a string, not {self.name!r}.")
+        name = self.name or getattr(self.fn, "__name__", type(self.fn).__name__)
+        object.__setattr__(self, "name", name)
+
+    @property
+    def family(self) -> tuple[str, ...]:
+        """The class and the name: differently named penalties stack."""
+        return ("Penalty", self.name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        try:
+            pickle.dumps(self.fn)
+        except Exception as error:
+            raise PolicyError(
+                f"{self!r} cannot be pickled because its function {self.fn!r} cannot ({error}); "
+                "define the function at the top level of a module."
+            ) from error
+        return self.__dict__
+
+    def value(self, w: Tensor, reference: Tensor | None = None) -> Tensor:
+        """Strength * fn(w), which has to be a single number."""
+        result = self.fn(w)
+        if not isinstance(result, Tensor) or result.numel() != 1:
+            raise PolicyError(
+                f"{self!r}: its function must return a single number as a tensor, not "
+                f"{tuple(result.shape) if isinstance(result, Tensor) else result!r}."
+            )
+        return self.strength * result.reshape(()).to(_accumulator(result.dtype))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class WeightDecay(Term):
+    """The optimizer's own weight decay for these parameters, through `param_groups`.
+
+    Decoupled under AdamW (p *= 1 - lr * rate), coupled under SGD and Adam; never in the loss.
+
+    Args:
+        rate: the group's `weight_decay`, >= 0.
+        on: `"weight"`, `"bias"`, `"all"`, a parameter's own name or a tuple of names.
+
+    Raises:
+        TypeError, ValueError: for a bad argument.
+
+    Source: Loshchilov and Hutter, Decoupled weight decay regularization (2019).
+    """
+
+    rate: float
+    on: str | tuple[str, ...] = field(default="weight", kw_only=True)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rate", _number("WeightDecay", "rate", self.rate))
+        object.__setattr__(self, "on", _on("WeightDecay", self.on, ("output",)))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Dropout(Term):
+    """A dropout after chosen Linear layers: in training y -> y * mask / (1 - p), P(mask = 0) = p.
+
+    Args:
+        p: the rate, in [0, 1).
+        at: `"output"`, `"activation"` (behind the activation that follows) or `"input"`.
+        kind: the dropout's class, built with one argument, the rate.
+
+    Raises:
+        TypeError, ValueError: for a rate outside [0, 1), an unknown place or a kind that is no
+            `nn.Module` class.
+
+    Source: Srivastava et al., Dropout (2014); `torch.nn.Dropout`.
+    """
+
+    p: float
+    at: str = field(default="output", kw_only=True)
+    kind: type[nn.Module] = field(default=nn.Dropout, kw_only=True)
+
+    def __post_init__(self) -> None:
+        _choice("Dropout", "at", self.at, ("output", "activation", "input"))
+        if not (isinstance(self.kind, type) and issubclass(self.kind, nn.Module)):
+            raise TypeError(f"Dropout: kind must be a class of nn.Module, not {self.kind!r}.")
+        object.__setattr__(self, "p", _number("Dropout", "p", self.p, below=1))
