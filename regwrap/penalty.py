@@ -17,6 +17,7 @@ from torch.nn.parameter import is_lazy
 from regwrap import identity, record, sites
 from regwrap.errors import RegwrapWarning
 from regwrap.record import Mark, Reference
+from regwrap.seen import SEEN, Seen
 from regwrap.terms import WeightTerm
 
 
@@ -44,7 +45,7 @@ def penalties(model: nn.Module) -> dict[str, Tensor]:
     first = {id(p): name for name, p in root.named_parameters()}  # of a tied one, its first name
     found: dict[str, Tensor] = {}
     for live in _live(root, root.named_modules()):
-        path = first.get(id(live.tensor), live.path)
+        path = live.path if live.tensor is None else first.get(id(live.tensor), live.path)
         value = live.value() if live.counts else _zero(root)
         found[path] = _add(found.get(path), value)
     return found
@@ -63,17 +64,24 @@ def _zero(root: nn.Module) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Live:
-    """A weight term with the tensor that it reads now."""
+    """A term with what it reads now."""
 
     path: str
     term: WeightTerm
-    tensor: Tensor
-    reference: Reference | None
-    counts: bool
-    """False for a frozen parameter."""
+    tensor: Tensor | None
+    """The parameter or the effective weight; None for an output."""
+    reference: Reference | None = None
+    seen: Seen | None = None
+    counts: bool = True
+    """False for a frozen parameter, and for a module that was not called."""
 
     def value(self) -> Tensor:
         """The penalty, as a plain tensor also where the weight is distributed."""
+        if self.tensor is None:
+            assert self.seen is not None
+            value = self.seen.total(self.term.family)
+            assert value is not None
+            return value
         reference = None if self.reference is None else self.reference.beside(self.tensor)
         value = self.term.value(self.tensor, reference)
         # A DTensor's sum is partial on each rank; this gives the whole, with the right gradient.
@@ -114,6 +122,15 @@ def _identity(module: nn.Module, site: str) -> tuple[object, ...]:
 
 
 def _look(path: str, module: nn.Module, mark: Mark, reference: Reference | None) -> Live | None:
+    assert isinstance(mark.term, WeightTerm)
+    full = f"{path}.{mark.site}" if path else mark.site
+    seen = module.__dict__.get(SEEN)
+    if seen is not None:
+        seen.consumed = True
+    if mark.term.on == "output" and mark.site == "output":
+        full = f"{path}:output"
+        some = seen is not None and seen.total(mark.term.family) is not None
+        return Live(full, mark.term, None, seen=seen, counts=some)
     stored = sites.stored(module, mark.site)
     if any(is_lazy(t) for t in stored):
         return None
@@ -121,9 +138,8 @@ def _look(path: str, module: nn.Module, mark: Mark, reference: Reference | None)
     tensor = stored[0] if not counts else sites.read(module, mark.site)
     if tensor is None:
         return None
-    full = f"{path}.{mark.site}" if path else mark.site
-    assert isinstance(mark.term, WeightTerm)
-    return Live(full, mark.term, tensor, reference, counts)
+    called = getattr(mark.term, "when", "always") == "always" or (seen is not None and seen.called)
+    return Live(full, mark.term, tensor, reference, counts=counts and called)
 
 
 def _is_frozen(tensor: Tensor) -> bool:

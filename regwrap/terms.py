@@ -178,18 +178,24 @@ class WeightTerm(_Strong):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class _Timed(WeightTerm):
-    """A weight term that can be made to count only when its module was called."""
+class Timed(WeightTerm):
+    """A term that can penalise outputs, and count only when its module was called."""
 
     when: str = field(default="always", kw_only=True)
+    select: str | int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _choice(type(self).__name__, "when", self.when, ("always", "called"))
+        name = type(self).__name__
+        _choice(name, "when", self.when, ("always", "called"))
+        if isinstance(self.select, bool) or not isinstance(self.select, str | int | None):
+            raise TypeError(f"{name}: select must be a key or an index, not {self.select!r}.")
+        if self.select is not None and self.on != "output":
+            raise ValueError(f"{name}: select={self.select!r} needs on='output', not {self.on!r}.")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class L1(_Timed):
+class L1(Timed):
     """L1 penalty: strength * sum(abs(w)); its (sub)gradient is strength * sign(w).
 
     Args:
@@ -218,7 +224,7 @@ class L1(_Timed):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class L2(_Timed):
+class L2(Timed):
     """L2 penalty: strength / 2 * sum(w^2); its gradient is strength * w.
 
     In the loss it is what `SGD(weight_decay=strength)` does. Keras' `L2(s)` is `L2(2 * s)` here.
@@ -352,7 +358,7 @@ class Orthogonal(WeightTerm):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class L2SP(_Timed):
+class L2SP(Timed):
     """L2 toward a starting point: strength / 2 * sum((w - w0)^2); gradient strength * (w - w0).
 
     Args:
@@ -397,7 +403,7 @@ class L2SP(_Timed):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Penalty(_Timed):
+class Penalty(Timed):
     """A penalty of one's own: strength * fn(tensor), any `tensor -> scalar`.
 
     Args:

@@ -17,6 +17,7 @@ Family = tuple[str, ...]
 Owner = tuple[nn.Module, str]
 
 CALL = "call"
+OUTPUT = "output"
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +63,11 @@ class Survey:
             site = self.sites.setdefault(key, Site(key))
             site.owners.append((node.module, name))
             site.paths.append(join(node.path, name))
+
+    def is_called(self, module: nn.Module) -> bool:
+        """Whether the module's call can be seen: it has a forward, and somebody calls it."""
+        own = type(module).forward is not nn.Module.forward or "forward" in module.__dict__
+        return own and id(module) not in self.idle
 
     def firsts(self) -> Iterator[Node]:
         """Every module once, under its first name."""

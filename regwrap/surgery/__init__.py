@@ -14,7 +14,7 @@ from regwrap.penalty import RegularizedMixin
 from regwrap.planning import Claim, Draft, Key
 from regwrap.record import Census, Mark, Record, Reference
 from regwrap.surgery import output
-from regwrap.terms import L2SP, Dropout
+from regwrap.terms import L2SP
 
 
 def apply(root: nn.Module, draft: Draft) -> None:
@@ -37,7 +37,8 @@ def _write(root: nn.Module, draft: Draft) -> None:
     for node in draft.survey.firsts():
         module = node.module
         record.write(module, records.get(id(module), record.EMPTY))
-        hooked |= _sync_dropout(module)
+        hooked |= output.sync(module)
+    hooked |= output.sync_root(root)
     if _owns_reg_loss(root):
         _warn_of_own_reg_loss(root)
     else:
@@ -95,16 +96,6 @@ def _reference(
     return {} if start is None else {name: Reference(start)}
 
 
-def _sync_dropout(module: nn.Module) -> bool:
-    """Puts the hook where the record wants one; whether hooks were added or taken."""
-    rates = [
-        mark.term.p
-        for mark in record.read(module).marks
-        if isinstance(mark.term, Dropout) and mark.mechanism == "hook"
-    ]
-    return output.install(module, rates[0]) if rates else output.remove(module)
-
-
 def _owns_reg_loss(root: nn.Module) -> bool:
     if identity.is_spliced(root, RegularizedMixin):
         return False
@@ -125,8 +116,7 @@ def revert(root: nn.Module) -> None:
     """Takes back everything at and beneath the module, on copies of a model too."""
     changed = False
     for module in list(root.modules()):
-        changed |= output.remove(module)
-        record.strip(module)
+        changed |= record.strip(module)
         identity.unsplice(module, RegularizedMixin)
     if changed:
         _forget_compiled()
