@@ -7,7 +7,7 @@ import copyreg
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from regwrap import identity, record, sites
 from regwrap.errors import RegwrapWarning
 from regwrap.record import Mark, Reference
 from regwrap.seen import SEEN, Seen
-from regwrap.terms import WeightTerm
+from regwrap.terms import L1, WeightTerm
 
 
 def reg_loss(model: nn.Module) -> Tensor:
@@ -42,12 +42,23 @@ def penalties(model: nn.Module) -> dict[str, Tensor]:
     A frozen parameter is listed with zero.
     """
     root = settled(model)
-    first = {id(p): name for name, p in root.named_parameters()}  # of a tied one, its first name
+    first = _first_names(root)
     found: dict[str, Tensor] = {}
     for live in _live(root, root.named_modules()):
         path = live.path if live.tensor is None else first.get(id(live.tensor), live.path)
         value = live.value() if live.counts else _zero(root)
         found[path] = _add(found.get(path), value)
+    return found
+
+
+def _first_names(root: nn.Module) -> dict[int, str]:
+    """The path of every parameter, of a tied one its first."""
+    found: dict[int, str] = {}
+    for path, module in root.named_modules():
+        for name in sites.parameter_names(module):
+            own = sites.plain(module, name)
+            if own is not None:
+                found.setdefault(id(own), f"{path}.{name}" if path else name)
     return found
 
 
@@ -70,6 +81,8 @@ class Live:
     term: WeightTerm
     tensor: Tensor | None
     """The parameter or the effective weight; None for an output."""
+    factors: list[Tensor] = field(default_factory=list)
+    """U and V of a weight that hadamard has made a product."""
     reference: Reference | None = None
     seen: Seen | None = None
     counts: bool = True
@@ -82,6 +95,9 @@ class Live:
             value = self.seen.total(self.term.family)
             assert value is not None
             return value
+        if self.factors:
+            assert isinstance(self.term, L1)
+            return self.term.factored(*self.factors)
         reference = None if self.reference is None else self.reference.beside(self.tensor)
         value = self.term.value(self.tensor, reference)
         # A DTensor's sum is partial on each rank; this gives the whole, with the right gradient.
@@ -117,7 +133,7 @@ def _live(root: nn.Module, modules: Iterable[tuple[str, nn.Module]]) -> Iterator
 
 
 def _identity(module: nn.Module, site: str) -> tuple[object, ...]:
-    own = module._parameters.get(site)
+    own = sites.plain(module, site)
     return (id(own),) if own is not None else (id(module), site)
 
 
@@ -139,7 +155,9 @@ def _look(path: str, module: nn.Module, mark: Mark, reference: Reference | None)
     if tensor is None:
         return None
     called = getattr(mark.term, "when", "always") == "always" or (seen is not None and seen.called)
-    return Live(full, mark.term, tensor, reference, counts=counts and called)
+    factors = stored if mark.mechanism == "parametrization" else []
+    counts = counts and called
+    return Live(full, mark.term, tensor, factors, reference, counts=counts)
 
 
 def _is_frozen(tensor: Tensor) -> bool:

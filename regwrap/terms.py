@@ -217,10 +217,19 @@ class L1(Timed):
         super().__post_init__()
         if self.solver is not None:
             _choice("L1", "solver", self.solver, ("hadamard",))
+            if self.on == "output" or self.when == "called":
+                raise ValueError(
+                    f"L1: solver={self.solver!r} changes the weight; it goes with neither "
+                    f"on='output' nor when='called', found on={self.on!r}, when={self.when!r}."
+                )
 
     def value(self, w: Tensor, reference: Tensor | None = None) -> Tensor:
         """Strength * sum(abs(w)), accumulated in float32 or wider."""
         return self.strength * w.abs().sum(dtype=_accumulator(w.dtype))
+
+    def factored(self, u: Tensor, v: Tensor) -> Tensor:
+        """Strength / 2 * (sum(u^2) + sum(v^2)), whose minimum over u * v = w is the L1 of w."""
+        return self.strength / 2 * (_sum_of_squares(u) + _sum_of_squares(v))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -481,6 +490,30 @@ class WeightDecay(Term):
     def __post_init__(self) -> None:
         object.__setattr__(self, "rate", _number("WeightDecay", "rate", self.rate))
         object.__setattr__(self, "on", _on("WeightDecay", self.on, ("output",)))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class DropConnect(Term):
+    """Elementwise dropout of the weight itself: w -> w * mask / (1 - p), P(mask = 0) = p.
+
+    One draw per read of the weight in training; penalties read the unmasked weight.
+
+    Args:
+        p: the rate, in [0, 1).
+        on: `"weight"`, a parameter's own name or a tuple of names.
+
+    Raises:
+        TypeError, ValueError: for a rate outside [0, 1).
+
+    Source: Wan et al., Regularization of neural networks using DropConnect (2013).
+    """
+
+    p: float
+    on: str | tuple[str, ...] = field(default="weight", kw_only=True)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "p", _number("DropConnect", "p", self.p, below=1))
+        object.__setattr__(self, "on", _on("DropConnect", self.on, ("all", "output")))
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -6,12 +6,13 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from regwrap import sites
 from regwrap.errors import PolicyError
 from regwrap.planning.claims import Claim, Claims
-from regwrap.planning.survey import Key, Survey
-from regwrap.terms import L2SP, Dropout, GroupLasso, Orthogonal
+from regwrap.planning.survey import Key, Survey, class_name
+from regwrap.terms import L1, L2SP, Dropout, GroupLasso, Orthogonal
 from regwrap.where import shown
 
 
@@ -30,8 +31,26 @@ def check(survey: Survey, claims: Claims) -> None:
                 raise PolicyError(
                     _refusal(claim, path, "is inside a compiled submodule", "compile afterwards")
                 )
+            if claim.mechanism == "parametrization":
+                _check_parametrizable(survey, key, claim, path)
             if isinstance(claim.term, GroupLasso | Orthogonal):
                 _check_shape(claim, claim.term, path, sites.shape(module, name))
+
+
+def _check_parametrizable(survey: Survey, key: Key, claim: Claim, path: str) -> None:
+    module, name = claim.owners[0]
+    stored = sites.stored(module, name)
+    if isinstance(module, nn.RNNBase):
+        why, way = f"{class_name(module)} keeps in a list of its own", "penalise it by L1 or L2"
+    elif any(is_lazy(t) for t in stored):
+        why, way = "is lazy", "regularize after the first forward"
+    elif isinstance(claim.term, L1) and len(survey.sites[key].paths) > 1:
+        why, way = "is shared under several names", "use L1 without solver="
+    elif isinstance(claim.term, L1) and len(stored) > 1 and not sites.is_factored(module, name):
+        why, way = "is parametrized by several tensors", "use L1 without solver="
+    else:
+        return
+    raise PolicyError(_refusal(claim, path, why, way))
 
 
 def _refusal(claim: Claim, path: str, why: str, way_out: str) -> str:

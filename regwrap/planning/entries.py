@@ -122,20 +122,23 @@ def _note(survey: Survey, node: Node, site: Site | None, claim: Claim) -> str:
     told = []
     if others := site.paths[1:]:
         told.append(f"shared with {_listed(others)}")
-    if sites.is_effective(module, name):
+    if sites.is_foreign(module, name):
         told.append("parametrized: its effective value counts")
     if any(is_lazy(t) for t in stored):
         told.append("lazy: counts once it is initialized")
     if stored and all(isinstance(t, nn.Parameter) and not t.requires_grad for t in stored):
         told.append("frozen: does not count")
     if claim.mechanism is None:
-        told.append(_never_called(survey, node))
+        told.append(_idle(survey, node))
     if getattr(module, "sparse", False) is True and claim.mechanism == "direct":
         told.append("its sparse gradient becomes dense")
     return "; ".join(told)
 
 
-def _never_called(survey: Survey, node: Node) -> str:
+def _idle(survey: Survey, node: Node) -> str:
+    """Why a term that is there installs nothing."""
+    if survey.is_called(node.module):
+        return "rate 0: installs nothing"
     idle = id(node.module) in survey.idle
     return f"never called: {'a function uses its weight' if idle else 'it has no forward'}"
 
@@ -149,6 +152,5 @@ def _call_note(survey: Survey, node: Node, claim: Claim) -> str:
     aliases = survey.names[id(node.module)][1:]
     told = [f"shared with {_listed(aliases)}"] if aliases else []
     if claim.mechanism is None:
-        called = survey.is_called(node.module)
-        told.append("rate 0: installs nothing" if called else _never_called(survey, node))
+        told.append(_idle(survey, node))
     return "; ".join(told)

@@ -13,7 +13,7 @@ from regwrap.planning.claims import Claim, Claims
 from regwrap.planning.survey import CALL, OUTPUT, Survey, can_be_penalised, class_name, join
 from regwrap.record import Rule
 from regwrap.sites import Node
-from regwrap.terms import Dropout, Term, WeightDecay, WeightTerm
+from regwrap.terms import DropConnect, Dropout, Term, WeightDecay, WeightTerm
 from regwrap.where import Where, shown
 
 
@@ -47,7 +47,7 @@ def reach(survey: Survey, where: Where) -> Reach:
 
 def _claim_parameters(survey: Survey, claims: Claims, rule: Rule, reach: Reach) -> int:
     """Gives a weight term or WeightDecay the parameters it reaches; returns how many."""
-    assert isinstance(rule.term, WeightTerm | WeightDecay)
+    assert isinstance(rule.term, WeightTerm | WeightDecay | DropConnect)
     on = rule.term.on
     if on == OUTPUT:
         return _claim_outputs(survey, claims, rule, reach)
@@ -72,6 +72,10 @@ def _claim_parameters(survey: Survey, claims: Claims, rule: Rule, reach: Reach) 
 def _mechanism(survey: Survey, term: Term, module: nn.Module) -> str | None:
     if isinstance(term, WeightDecay):
         return "optimizer"
+    if isinstance(term, DropConnect):
+        return "parametrization" if term.p > 0 else None
+    if getattr(term, "solver", None) == "hadamard":
+        return "parametrization"
     if getattr(term, "when", "always") == "always":
         return "direct"
     return "hook" if survey.is_called(module) else None

@@ -51,7 +51,7 @@ def _parse_pair(index: int, pair: object) -> Iterator[tuple[object, Term | None]
 
 def refuse_unbuilt(index: int, where: object, term: Term | None) -> None:
     """Arguments that the terms take already and no mechanism carries yet."""
-    default = {"solver": None, "at": "output", "kind": nn.Dropout}
+    default = {"at": "output", "kind": nn.Dropout}
     for name, usual in default.items():
         if getattr(term, name, usual) != usual:
             raise PolicyError(

@@ -95,7 +95,7 @@ _FSDP1 = (
 
 
 def _key(module: nn.Module, name: str) -> Key:
-    own = module._parameters.get(name)
+    own = sites.plain(module, name)
     return ("parameter", id(own)) if own is not None else ("effective", id(module), name)
 
 
@@ -109,7 +109,7 @@ def _at(path: str) -> str:
 
 
 def _dims(module: nn.Module, name: str) -> int:
-    own = module._parameters.get(name)
+    own = sites.plain(module, name)
     if own is not None:
         return 2 if is_lazy(own) else own.dim()  # a lazy weight is known by its name alone
     shape = sites.shape(module, name)
@@ -123,7 +123,10 @@ def can_be_penalised(module: nn.Module, name: str) -> bool:
 
 def elements(site: Site) -> int:
     """Elements of the parameters behind a site, 0 while they are lazy."""
-    return sum(0 if is_lazy(t) else t.numel() for t in sites.stored(*site.owners[0]))
+    stored = sites.stored(*site.owners[0])
+    if sites.is_factored(*site.owners[0]):
+        stored = stored[:1]  # W = U * V has as many elements as W
+    return sum(0 if is_lazy(t) else t.numel() for t in stored)
 
 
 def class_name(module: nn.Module) -> str:

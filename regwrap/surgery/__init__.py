@@ -13,7 +13,7 @@ from regwrap.errors import RegwrapWarning
 from regwrap.penalty import RegularizedMixin
 from regwrap.planning import Claim, Draft, Key
 from regwrap.record import Census, Mark, Record, Reference
-from regwrap.surgery import output
+from regwrap.surgery import output, weight
 from regwrap.terms import L2SP
 
 
@@ -37,6 +37,7 @@ def _write(root: nn.Module, draft: Draft) -> None:
     for node in draft.survey.firsts():
         module = node.module
         record.write(module, records.get(id(module), record.EMPTY))
+        weight.sync(module)
         hooked |= output.sync(module)
     hooked |= output.sync_root(root)
     if _owns_reg_loss(root):
@@ -116,6 +117,7 @@ def revert(root: nn.Module) -> None:
     """Takes back everything at and beneath the module, on copies of a model too."""
     changed = False
     for module in list(root.modules()):
+        weight.revert(module)
         changed |= record.strip(module)
         identity.unsplice(module, RegularizedMixin)
     if changed:
