@@ -32,7 +32,7 @@ def reg_loss(model: nn.Module) -> Tensor:
         nothing acts.
     """
     root = settled(model)
-    total = functools.reduce(_add, (live.value() for live in _unnamed(root)), None)
+    total = _total(live.value() for live in _unnamed(root))
     return _zero(root) if total is None else total
 
 
@@ -46,7 +46,7 @@ def penalties(model: nn.Module) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for live in _live(root, root.named_modules()):
         path = live.path if live.tensor is None else first.get(id(live.tensor), live.path)
-        value = live.value() if live.counts else _zero(root)
+        value = _whole(live.value()) if live.counts else _zero(root)
         found[path] = _add(found.get(path), value)
     return found
 
@@ -60,6 +60,26 @@ def _first_names(root: nn.Module) -> dict[int, str]:
             if own is not None:
                 found.setdefault(id(own), f"{path}.{name}" if path else name)
     return found
+
+
+def _total(values: Iterable[Tensor]) -> Tensor | None:
+    """The sum; what is spread over ranks alike is added up there, and collected once."""
+    spread: dict[object, Tensor] = {}
+    for value in values:
+        layout = _layout(value)
+        spread[layout] = _add(spread.get(layout), value)
+    return functools.reduce(_add, map(_whole, spread.values()), None)
+
+
+def _layout(value: Tensor) -> object:
+    """How a tensor lies on the ranks; None for a plain one."""
+    mesh = getattr(value, "device_mesh", None)
+    return None if mesh is None else (mesh, value.placements)  # type: ignore[attr-defined]
+
+
+def _whole(value: Tensor) -> Tensor:
+    # A DTensor's sum is partial on each rank; this gives the whole, with the right gradient.
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
 def _add(a: Tensor | None, b: Tensor) -> Tensor:
@@ -89,7 +109,7 @@ class Live:
     """False for a frozen parameter, and for a module that was not called."""
 
     def value(self) -> Tensor:
-        """The penalty, as a plain tensor also where the weight is distributed."""
+        """The penalty; where the weight is distributed, so may it be."""
         if self.tensor is None:
             assert self.seen is not None
             value = self.seen.total(self.term.family)
@@ -99,9 +119,7 @@ class Live:
             assert isinstance(self.term, L1)
             return self.term.factored(*self.factors)
         reference = None if self.reference is None else self.reference.beside(self.tensor)
-        value = self.term.value(self.tensor, reference)
-        # A DTensor's sum is partial on each rank; this gives the whole, with the right gradient.
-        return value.full_tensor() if hasattr(value, "full_tensor") else value
+        return self.term.value(self.tensor, reference)
 
 
 def _unnamed(root: nn.Module) -> Iterator[Live]:
