@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from regwrap import identity, record, sites
 from regwrap.errors import RegwrapWarning
 from regwrap.record import Mark, Reference
-from regwrap.seen import SEEN, Seen
+from regwrap.seen import SEEN, Read, Seen
 from regwrap.terms import L1, WeightTerm
 
 
@@ -87,7 +86,7 @@ def _add(a: Tensor | None, b: Tensor) -> Tensor:
 
 
 def _zero(root: nn.Module) -> Tensor:
-    own = [p for p in root.parameters() if not is_lazy(p)]
+    own = [p for p in root.parameters() if not sites.is_lazy(p)]
     wide = any(p.dtype in (torch.float64, torch.complex128) for p in own)
     device = own[0].device if own else None
     return torch.zeros((), dtype=torch.float64 if wide else torch.float32, device=device)
@@ -132,8 +131,12 @@ def _live(root: nn.Module, modules: Iterable[tuple[str, nn.Module]]) -> Iterator
     """Every weight term in force, once for a tensor that has several names."""
     seen: dict[tuple[object, ...], int] = {}
     found: list[tuple[Live, int]] = []
+    now = Read()
     for path, module in modules:
         held = record.read(module)
+        left: Seen | None = module.__dict__.get(SEEN)
+        if left is not None:
+            left.look(now)
         for mark in held.marks:
             if not isinstance(mark.term, WeightTerm):
                 continue
@@ -145,7 +148,8 @@ def _live(root: nn.Module, modules: Iterable[tuple[str, nn.Module]]) -> Iterator
             if before is None:
                 seen[key] = len(found)
                 found.append((live, mark.rule.order))
-            elif mark.rule.order > found[before][1]:  # tied since: the later rule holds
+            elif (mark.rule.order, live.counts) > (found[before][1], found[before][0].counts):
+                # tied since: the later rule holds; of one rule, what was called
                 found[before] = (live, mark.rule.order)
     return (live for live, _ in found)
 
@@ -159,14 +163,12 @@ def _look(path: str, module: nn.Module, mark: Mark, reference: Reference | None)
     assert isinstance(mark.term, WeightTerm)
     full = f"{path}.{mark.site}" if path else mark.site
     seen = module.__dict__.get(SEEN)
-    if seen is not None:
-        seen.consumed = True
     if mark.term.on == "output" and mark.site == "output":
         full = f"{path}:output"
         some = seen is not None and seen.total(mark.term.family) is not None
         return Live(full, mark.term, None, seen=seen, counts=some)
     stored = sites.stored(module, mark.site)
-    if any(is_lazy(t) for t in stored):
+    if any(sites.is_lazy(t) for t in stored):
         return None
     counts = not stored or not all(_is_frozen(t) for t in stored)
     tensor = stored[0] if not counts else sites.read(module, mark.site)

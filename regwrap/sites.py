@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 _NORM_NAME = re.compile(r"norm(alization)?(act|gated)?(\dd)?$", re.IGNORECASE)
 _NORM_TYPES = (
@@ -56,6 +56,11 @@ def nodes(model: nn.Module) -> list[Node]:
 
     visit("", model, None)
     return found
+
+
+def is_lazy(tensor: Tensor) -> bool:
+    """Whether the tensor has no shape yet (torch's own `is_lazy` breaks a compiled graph)."""
+    return isinstance(tensor, UninitializedParameter | UninitializedBuffer)
 
 
 def _is_machinery(name: str, child: nn.Module) -> bool:

@@ -13,6 +13,7 @@ from regwrap.errors import RegwrapWarning
 from regwrap.penalty import RegularizedMixin
 from regwrap.planning import Claim, Draft, Key
 from regwrap.record import Census, Mark, Record, Reference
+from regwrap.seen import ROUND
 from regwrap.surgery import output, weight
 from regwrap.terms import L2SP
 
@@ -39,7 +40,9 @@ def _write(root: nn.Module, draft: Draft) -> None:
         record.write(module, records.get(id(module), record.EMPTY))
         weight.sync(module)
         hooked |= output.sync(module)
-    hooked |= output.sync_root(root)
+    for module in root.modules():  # a root inside may have nothing left to begin and end
+        if module is root or ROUND in module.__dict__:
+            hooked |= output.sync_root(module)
     if _owns_reg_loss(root):
         _warn_of_own_reg_loss(root)
     else:

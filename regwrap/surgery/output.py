@@ -6,8 +6,9 @@ that a copy would share, no integer id that another process would give out again
 
 from __future__ import annotations
 
+import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Tuple  # noqa: UP035 - TorchScript knows no other name for it
 
 import torch
@@ -18,7 +19,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from regwrap import record
 from regwrap.errors import PolicyError
 from regwrap.record import HOOK
-from regwrap.seen import ROUND, SEEN, Round, Seen
+from regwrap.seen import ROUND, SEEN, Round, Seen, Values
 from regwrap.terms import Dropout, Timed
 
 _RATE = "_regwrap_p"
@@ -33,30 +34,54 @@ def sync(module: nn.Module) -> bool:
     rates = [mark.term.p for mark in marks if isinstance(mark.term, Dropout)]
     sees = any(isinstance(mark.term, Timed) for mark in marks)
     before = set(module._forward_hooks)
-    for key in (_SEE, HOOK):
-        module._forward_hooks.pop(key, None)
+    _keep(module, SEEN, Seen() if sees else None)
+    _hook(module, _SEE, see_output if sees else None)
     module.__dict__.pop(_RATE, None)
-    held = module.__dict__.pop(SEEN, None)
-    if sees:  # before the dropout: what is penalised is the layer's own output
-        module.__dict__[SEEN] = held or Seen()
-        module._forward_hooks[_SEE] = see_output
     if rates:
         module.__dict__[_RATE] = rates[0]
-        module._forward_hooks[HOOK] = drop_output
+    _hook(module, HOOK, drop_output if rates else None)
+    if sees and rates:  # what is penalised is the layer's own output
+        _put_before(module._forward_hooks, _SEE, HOOK)
     return before != set(module._forward_hooks)
+
+
+def _keep(module: nn.Module, key: str, fresh: Any) -> None:
+    """Gives the module the holder, unless it has one; None takes it away."""
+    if fresh is None:
+        module.__dict__.pop(key, None)
+    else:
+        module.__dict__.setdefault(key, fresh)
+
+
+def _hook(module: nn.Module, key: Any, hook: Any) -> None:
+    """Gives the module the hook, which keeps its place if it is there; None takes it away."""
+    if hook is None:
+        module._forward_hooks.pop(key, None)
+    else:
+        module._forward_hooks[key] = hook
+
+
+def _put_before(hooks: Any, first: Any, second: Any) -> None:
+    order = list(hooks)
+    if order.index(first) > order.index(second):
+        order.remove(first)
+        order.insert(order.index(second), first)
+        for key in order:
+            hooks.move_to_end(key)
 
 
 def sync_root(root: nn.Module) -> bool:
     """Gives the root the hooks that begin and end a forward, if anything beneath it needs them."""
     needed = any(SEEN in module.__dict__ for module in root.modules())
     present = ROUND in root.__dict__
-    root.__dict__.pop(ROUND, None)
     root._forward_pre_hooks.pop(_BEGIN, None)
     root._forward_hooks.pop(_END, None)
     root._forward_hooks_always_called.pop(_END, None)
+    _keep(root, ROUND, Round() if needed else None)
     if needed:
-        root.__dict__[ROUND] = Round()
         root._forward_pre_hooks[_BEGIN] = begin_forward
+        # first: were another's to raise before it, a forward would end that has not begun
+        root._forward_pre_hooks.move_to_end(_BEGIN, last=False)  # type: ignore[attr-defined]
         root._forward_hooks[_END] = end_forward
         root._forward_hooks_always_called[_END] = True  # an exception ends a forward too
     return needed != present
@@ -73,20 +98,25 @@ def drop_output(module: nn.Module, args: Tuple[Tensor], output: Tensor) -> Tenso
 
 def see_output(module: nn.Module, args: Any, output: Any) -> None:
     """A forward hook: keeps the penalties of the output, and that the module was called."""
-    seen: Seen = module.__dict__[SEEN]
+    again = _is_again()
     recording = module.training and torch.is_grad_enabled()
-    compiling = torch.compiler.is_compiling()
-    if recording and not compiling and _in_backward():
+    if again or torch.compiler.is_exporting():
         # Non-reentrant checkpointing calls again in the backward and counts what autograd saves:
         # the same is computed, and nothing recorded.
-        _penalties(module, output)
+        if again and recording:
+            _penalties(module, output)
         return
-    if not compiling:
-        seen.about_to_record(type(module).__name__)
+    seen: Seen = module.__dict__[SEEN]
+    seen.about_to_record(type(module).__name__)
     seen.called = True
     if recording:
-        seen.values = seen.values + _penalties(module, output)
-    elif module.training and not compiling and _in_reentrant_checkpoint():
+        seen.record(_penalties(module, output))
+    elif module.training and _in_reentrant_checkpoint():
+        _refuse_reentrant(module)
+
+
+def _refuse_reentrant(module: nn.Module) -> None:
+    if any(True for _ in _output_terms(module)):
         raise PolicyError(
             f"The output of {type(module).__name__} cannot be penalised inside reentrant "
             "checkpointing, whose forward has no gradient; call "
@@ -94,26 +124,36 @@ def see_output(module: nn.Module, args: Any, output: Any) -> None:
         )
 
 
-def _penalties(module: nn.Module, output: Any) -> list[tuple[tuple[str, ...], Tensor]]:
+def _penalties(module: nn.Module, output: Any) -> Values:
     """Summed over the features, averaged over the batch, as Keras does."""
     found = []
+    for term in _output_terms(module):
+        tensor = _selected(module, output, term.select)
+        batch = tensor.shape[0] if tensor.dim() else 1
+        found.append((term.family, term.value(tensor) / max(batch, 1)))
+    return found
+
+
+def _output_terms(module: nn.Module) -> Iterator[Timed]:
     for mark in record.read(module).marks:
         if isinstance(mark.term, Timed) and mark.term.on == "output":
-            tensor = _selected(module, output, mark.term.select)
-            batch = tensor.shape[0] if tensor.dim() else 1
-            found.append((mark.term.family, mark.term.value(tensor) / max(batch, 1)))
-    return found
+            yield mark.term
 
 
 def _selected(module: nn.Module, output: Any, select: str | int | None) -> Tensor:
     """The tensor that is penalised: the first one, or what `select=` names."""
     found = _first_tensor(output) if select is None else _at(output, select)
+    name = type(module).__name__
     if not isinstance(found, Tensor):
-        name = type(module).__name__
         raise PolicyError(
             f"The output of {name} has no tensor to penalise"
             f"{'' if select is None else f' at select={select!r}'}: it is {type(output).__name__}; "
             "name it with select=, a key or an index."
+        )
+    if not (found.is_floating_point() or found.is_complex()):
+        raise PolicyError(
+            f"The output of {name} has a tensor of {found.dtype} to penalise, which has no "
+            "gradient; name another with select=, a key or an index."
         )
     return found
 
@@ -134,16 +174,21 @@ def _first_tensor(output: Any) -> Tensor | None:
         inner: Any = output.values()
     elif isinstance(output, tuple | list):
         inner = output
+    elif dataclasses.is_dataclass(output):
+        inner = (getattr(output, field.name) for field in dataclasses.fields(output))
     else:
-        inner = vars(output).values() if hasattr(output, "__dataclass_fields__") else ()
+        inner = ()
     return next((t for t in map(_first_tensor, inner) if t is not None), None)
 
 
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
+def _is_again() -> bool:
+    """Whether a backward is running, in which checkpointing calls the forward once more."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _in_reentrant_checkpoint() -> bool:
+    if torch.compiler.is_compiling():
+        return False
     # Looked for only in training without grad, where a frame walk costs nothing that matters.
     frame = sys._getframe()
     while frame is not None:
@@ -155,12 +200,12 @@ def _in_reentrant_checkpoint() -> bool:
 
 def begin_forward(root: nn.Module, args: Any) -> None:
     """A forward pre-hook of the root: what the last forward left is forgotten."""
-    held: Round = root.__dict__[ROUND]
-    held.begin(root)
+    if not _is_again() and not torch.compiler.is_exporting():
+        root.__dict__[ROUND].begin(root)
 
 
 def end_forward(root: nn.Module, args: Any, output: Any) -> None:
     """A forward hook of the root, the inverse of `begin_forward`."""
     held: Round | None = root.__dict__.get(ROUND)
-    if held is not None:
+    if held is not None and not _is_again() and not torch.compiler.is_exporting():
         held.end(root)
