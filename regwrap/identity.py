@@ -16,6 +16,8 @@ from torch import fx, nn
 
 _LOOKS = ("__module__", "__qualname__", "__doc__")
 _MADE = "_regwrap_spliced"
+PARAMETRIZED = "_regwrap_parametrized"
+"""Marks a parametrized class that carries its layer's own name."""
 
 
 def is_spliced(module: nn.Module, mixin: type) -> bool:
@@ -76,7 +78,11 @@ def _is_foreign(cls: type) -> bool:
     base = cls.__bases__[-1]
     made_by = {b.__name__ for b in cls.__bases__}
     parametrized = cls.__name__ == f"Parametrized{base.__name__}" and len(cls.__bases__) == 1
-    return parametrized or ("FSDPModule" in made_by and cls.__name__ == f"FSDP{base.__name__}")
+    return (
+        parametrized
+        or PARAMETRIZED in cls.__dict__
+        or ("FSDPModule" in made_by and cls.__name__ == f"FSDP{base.__name__}")
+    )
 
 
 def _subclass(cls: type, mixin: type) -> type:

@@ -6,7 +6,7 @@ import copy
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from regwrap import identity, record, sites
 from regwrap.errors import RegwrapWarning
 from regwrap.record import Mark, Reference
-from regwrap.terms import WeightTerm
+from regwrap.seen import SEEN, Read, Seen
+from regwrap.terms import L1, WeightTerm
 
 
 def reg_loss(model: nn.Module) -> Tensor:
@@ -29,7 +30,7 @@ def reg_loss(model: nn.Module) -> Tensor:
         nothing acts.
     """
     root = settled(model)
-    total = functools.reduce(_add, (live.value() for live in _unnamed(root)), None)
+    total = _total(live.value() for live in _unnamed(root))
     return _zero(root) if total is None else total
 
 
@@ -42,21 +43,41 @@ def penalties(model: nn.Module) -> dict[str, Tensor]:
     first = _first_names(root)
     found: dict[str, Tensor] = {}
     for live in _live(root, root.named_modules()):
-        path = first.get(id(live.tensor), live.path)
-        value = live.value() if live.counts else _zero(root)
+        path = live.path if live.tensor is None else first.get(id(live.tensor), live.path)
+        value = _whole(live.value()) if live.counts else _zero(root)
         found[path] = _add(found.get(path), value)
     return found
 
 
 def _first_names(root: nn.Module) -> dict[int, str]:
-    """Of every parameter its first name; without those inside parametrizations, no sites."""
+    """The path of every parameter, of a tied one its first; not what is inside parametrizations."""
     names: dict[int, str] = {}
     for node in sites.nodes(root):
         for name in sites.parameter_names(node.module):
-            own = sites.own(node.module, name)
+            own = sites.plain(node.module, name)
             if own is not None:
                 names.setdefault(id(own), f"{node.path}.{name}" if node.path else name)
     return names
+
+
+def _total(values: Iterable[Tensor]) -> Tensor | None:
+    """The sum; what is spread over ranks alike is added up there, and collected once."""
+    spread: dict[object, Tensor] = {}
+    for value in values:
+        layout = _layout(value)
+        spread[layout] = _add(spread.get(layout), value)
+    return functools.reduce(_add, map(_whole, spread.values()), None)
+
+
+def _layout(value: Tensor) -> object:
+    """How a tensor lies on the ranks; None for a plain one."""
+    mesh = getattr(value, "device_mesh", None)
+    return None if mesh is None else (mesh, value.placements)  # type: ignore[attr-defined]
+
+
+def _whole(value: Tensor) -> Tensor:
+    # A DTensor's sum is partial on each rank; this gives the whole, with the right gradient.
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
 def _add(a: Tensor | None, b: Tensor) -> Tensor:
@@ -72,21 +93,31 @@ def _zero(root: nn.Module) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Live:
-    """A weight term with the tensor that it reads now."""
+    """A term with what it reads now."""
 
     path: str
     term: WeightTerm
-    tensor: Tensor
-    reference: Reference | None
-    counts: bool
-    """False for a frozen parameter."""
+    tensor: Tensor | None
+    """The parameter or the effective weight; None for an output."""
+    factors: list[Tensor] = field(default_factory=list)
+    """U and V of a weight that hadamard has made a product."""
+    reference: Reference | None = None
+    seen: Seen | None = None
+    counts: bool = True
+    """False for a frozen parameter, and for a module that was not called."""
 
     def value(self) -> Tensor:
-        """The penalty, as a plain tensor also where the weight is distributed."""
+        """The penalty; where the weight is distributed, so may it be."""
+        if self.tensor is None:
+            assert self.seen is not None
+            value = self.seen.total(self.term.family)
+            assert value is not None
+            return value
+        if self.factors:
+            assert isinstance(self.term, L1)
+            return self.term.factored(*self.factors)
         reference = None if self.reference is None else self.reference.beside(self.tensor)
-        value = self.term.value(self.tensor, reference)
-        # A DTensor's sum is partial on each rank; this gives the whole, with the right gradient.
-        return value.full_tensor() if hasattr(value, "full_tensor") else value
+        return self.term.value(self.tensor, reference)
 
 
 def _unnamed(root: nn.Module) -> Iterator[Live]:
@@ -99,8 +130,12 @@ def _live(root: nn.Module, modules: Iterable[tuple[str, nn.Module]]) -> Iterator
     """Every weight term in force, once for a tensor that has several names."""
     seen: dict[tuple[object, ...], int] = {}
     found: list[tuple[Live, int]] = []
+    now = Read()
     for path, module in modules:
         held = record.read(module)
+        left: Seen | None = module.__dict__.get(SEEN)
+        if left is not None:
+            left.look(now)
         for mark in held.marks:
             if not isinstance(mark.term, WeightTerm):
                 continue
@@ -112,17 +147,25 @@ def _live(root: nn.Module, modules: Iterable[tuple[str, nn.Module]]) -> Iterator
             if before is None:
                 seen[key] = len(found)
                 found.append((live, mark.rule.order))
-            elif mark.rule.order >= found[before][1]:  # tied since: the later rule holds
+            elif (mark.rule.order, live.counts) >= (found[before][1], found[before][0].counts):
+                # tied since: the later rule holds; of one rule, what was called
                 found[before] = (live, mark.rule.order)
     return (live for live, _ in found)
 
 
 def _identity(module: nn.Module, site: str) -> tuple[object, ...]:
-    own = sites.own(module, site)
+    own = sites.plain(module, site)
     return (id(own),) if own is not None else (id(module), site)
 
 
 def _look(path: str, module: nn.Module, mark: Mark, reference: Reference | None) -> Live | None:
+    assert isinstance(mark.term, WeightTerm)
+    full = f"{path}.{mark.site}" if path else mark.site
+    seen = module.__dict__.get(SEEN)
+    if mark.term.on == "output" and mark.site == "output":
+        full = f"{path}:output"
+        some = seen is not None and seen.total(mark.term.family) is not None
+        return Live(full, mark.term, None, seen=seen, counts=some)
     stored = sites.stored(module, mark.site)
     if any(sites.is_lazy(t) for t in stored):
         return None
@@ -130,9 +173,10 @@ def _look(path: str, module: nn.Module, mark: Mark, reference: Reference | None)
     tensor = stored[0] if not counts else sites.read(module, mark.site)
     if tensor is None:
         return None
-    full = f"{path}.{mark.site}" if path else mark.site
-    assert isinstance(mark.term, WeightTerm)
-    return Live(full, mark.term, tensor, reference, counts)
+    called = getattr(mark.term, "when", "always") == "always" or (seen is not None and seen.called)
+    factors = stored if mark.mechanism == "parametrization" else []
+    counts = counts and called
+    return Live(full, mark.term, tensor, factors, reference, counts=counts)
 
 
 def _is_frozen(tensor: Tensor) -> bool:

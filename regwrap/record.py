@@ -238,27 +238,32 @@ class Census:
 def lift(module: nn.Module) -> dict[str, Any]:
     """Everything of ours that lies on one module, to be laid on its copy."""
     own = {k: v for k, v in module.__dict__.items() if k.startswith(_KEY)}
-    hooks = {d: fns[HOOK] for d, fns in _hook_dicts(module) if HOOK in fns}
+    hooks = {
+        (d, key): fns[key]
+        for d, fns in _hook_dicts(module)
+        for key in fns
+        if isinstance(key, str) and key.startswith(HOOK)
+    }
     return {"own": own, "hooks": hooks} if own or hooks else {}
 
 
 def lay(module: nn.Module, lifted: dict[str, Any]) -> None:
     """Lays on a module what `lift` took from another."""
     module.__dict__.update(lifted["own"])
-    for name, hook in lifted["hooks"].items():
-        module.__dict__[name][HOOK] = hook
+    for (name, key), hook in lifted["hooks"].items():
+        module.__dict__[name][key] = hook
 
 
 def strip(module: nn.Module) -> bool:
-    """Takes everything of ours from one module; whether there was any."""
+    """Takes everything of ours from one module; whether there was a hook among it."""
     lifted = lift(module)
     for key in lifted.get("own", ()):
         del module.__dict__[key]
-    for name in lifted.get("hooks", ()):
-        del module.__dict__[name][HOOK]
-    return bool(lifted)
+    for name, key in lifted.get("hooks", ()):
+        del module.__dict__[name][key]
+    return bool(lifted.get("hooks"))
 
 
 def _hook_dicts(module: nn.Module) -> Iterator[tuple[str, dict[Any, Any]]]:
-    for name in ("_forward_hooks", "_forward_pre_hooks"):
+    for name in ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_always_called"):
         yield name, module.__dict__.get(name, {})

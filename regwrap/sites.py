@@ -130,12 +130,17 @@ def parameter_names(module: nn.Module) -> Iterator[str]:
     legacy = dict(_legacy(module))
     hidden = {f"{name}{end}" for name in legacy for end in ("_g", "_v", "_orig")}
     own = (n for n, p in module._parameters.items() if p is not None and n not in hidden)
-    yield from own
-    yield from legacy
-    yield from _parametrized(module)
+    names = [*own, *legacy, *parametrized(module)]
+    order = module.__dict__.get(ORDER, ())
+    yield from sorted(names, key=lambda n: order.index(n) if n in order else len(order))
 
 
-def _parametrized(module: nn.Module) -> Iterable[str]:
+ORDER = "_regwrap_order"
+"""Where a module parametrized by us keeps the order of its parameters."""
+
+
+def parametrized(module: nn.Module) -> Iterable[str]:
+    """The names of the module's parametrized tensors."""
     inside = _child(module, "parametrizations")
     return (
         inside._modules if inside is not None and _is_machinery("parametrizations", inside) else ()
@@ -160,11 +165,40 @@ def _legacy(module: nn.Module) -> Iterator[tuple[str, Any]]:
             yield hook._tensor_name, hook
 
 
+def plain(module: nn.Module, name: str) -> Tensor | None:
+    """The parameter itself, also beneath a mask of ours; None for an effective weight."""
+    found = own(module, name)
+    if found is None and name in parametrized(module):
+        inside = _parametrization(module, name)
+        if all(getattr(p, "regwrap_mask", False) for p in inside.children()):
+            return own(inside, "original")
+    return found
+
+
+def is_ours(parametrization: nn.Module) -> bool:
+    """Whether a parametrization was put there by a term."""
+    return hasattr(parametrization, "regwrap_mask") or hasattr(parametrization, "regwrap_product")
+
+
+def is_factored(module: nn.Module, name: str) -> bool:
+    """Whether a term has made the weight, or what another computes it from, a product U * V."""
+    if name not in parametrized(module):
+        return False
+    return any(hasattr(p, "regwrap_product") for p in _parametrization(module, name).modules())
+
+
+def is_foreign(module: nn.Module, name: str) -> bool:
+    """Whether the site is computed from other parameters by somebody else's machinery."""
+    if name not in parametrized(module):
+        return is_effective(module, name)
+    return not all(map(is_ours, _parametrization(module, name).children()))
+
+
 def stored(module: nn.Module, name: str) -> list[Tensor]:
     """The parameters behind a site: itself, or what its parametrization computes it from."""
-    if (parameter := own(module, name)) is not None:
+    if (parameter := plain(module, name)) is not None:
         return [parameter]
-    if name in _parametrized(module):
+    if name in parametrized(module):
         return list(_parametrization(module, name).parameters())
     ends = (f"{name}{end}" for end in ("_g", "_v", "_orig"))
     return [p for end in ends if (p := own(module, end)) is not None]
@@ -172,7 +206,7 @@ def stored(module: nn.Module, name: str) -> list[Tensor]:
 
 def is_effective(module: nn.Module, name: str) -> bool:
     """Whether the site is computed from other parameters."""
-    return own(module, name) is None and bool(stored(module, name))
+    return plain(module, name) is None and bool(stored(module, name))
 
 
 def read(module: nn.Module, name: str) -> Tensor | None:
@@ -181,7 +215,7 @@ def read(module: nn.Module, name: str) -> Tensor | None:
     A parametrized weight is computed anew with its parametrizations in eval: no power iteration
     runs and no cache is filled.
     """
-    found: object = own(module, name)
+    found: object = plain(module, name)
     if found is None:
         effective = is_effective(module, name)
         found = _effective(module, name) if effective else module.__dict__.get(name)
@@ -189,7 +223,7 @@ def read(module: nn.Module, name: str) -> Tensor | None:
 
 
 def _effective(module: nn.Module, name: str) -> Tensor:
-    if name in _parametrized(module):
+    if name in parametrized(module):
         return _in_eval(_parametrization(module, name))
     hook = dict(_legacy(module))[name]
     if hasattr(hook, "apply_mask"):

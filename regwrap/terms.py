@@ -190,18 +190,24 @@ class WeightTerm(_Strong):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class _Timed(WeightTerm):
-    """A weight term that can be made to count only when its module was called."""
+class Timed(WeightTerm):
+    """A term that can penalise outputs, and count only when its module was called."""
 
     when: str = field(default="always", kw_only=True)
+    select: str | int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _choice(type(self).__name__, "when", self.when, ("always", "called"))
+        name = type(self).__name__
+        _choice(name, "when", self.when, ("always", "called"))
+        if isinstance(self.select, bool) or not isinstance(self.select, str | int | None):
+            raise TypeError(f"{name}: select must be a key or an index, not {self.select!r}.")
+        if self.select is not None and self.on != "output":
+            raise ValueError(f"{name}: select={self.select!r} needs on='output', not {self.on!r}.")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class L1(_Timed):
+class L1(Timed):
     """L1 penalty: strength * sum(abs(w)); its (sub)gradient is strength * sign(w).
 
     Args:
@@ -223,14 +229,23 @@ class L1(_Timed):
         super().__post_init__()
         if self.solver is not None:
             _choice("L1", "solver", self.solver, ("hadamard",))
+            if self.on == "output" or self.when == "called":
+                raise ValueError(
+                    f"L1: solver={self.solver!r} changes the weight; it goes with neither "
+                    f"on='output' nor when='called', found on={self.on!r}, when={self.when!r}."
+                )
 
     def value(self, w: Tensor, reference: Tensor | None = None) -> Tensor:
         """Strength * sum(abs(w)), accumulated in float32 or wider."""
         return self.strength * w.abs().sum(dtype=_accumulator(w.dtype))
 
+    def factored(self, u: Tensor, v: Tensor) -> Tensor:
+        """Strength / 2 * (sum(u^2) + sum(v^2)), whose minimum over u * v = w is the L1 of w."""
+        return self.strength / 2 * (_sum_of_squares(u) + _sum_of_squares(v))
+
 
 @dataclass(frozen=True, eq=False, repr=False)
-class L2(_Timed):
+class L2(Timed):
     """L2 penalty: strength / 2 * sum(w^2); its gradient is strength * w.
 
     In the loss it is what `SGD(weight_decay=strength)` does. Keras' `L2(s)` is `L2(2 * s)` here.
@@ -367,7 +382,7 @@ class Orthogonal(WeightTerm):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class L2SP(_Timed):
+class L2SP(Timed):
     """L2 toward a starting point: strength / 2 * sum((w - w0)^2); gradient strength * (w - w0).
 
     Args:
@@ -420,7 +435,7 @@ class L2SP(_Timed):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Penalty(_Timed):
+class Penalty(Timed):
     """A penalty of one's own: strength * fn(tensor), any `tensor -> scalar`.
 
     Args:
@@ -507,6 +522,30 @@ class WeightDecay(Term):
     def __post_init__(self) -> None:
         object.__setattr__(self, "rate", _number("WeightDecay", "rate", self.rate))
         object.__setattr__(self, "on", _on("WeightDecay", self.on, ("output",)))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class DropConnect(Term):
+    """Elementwise dropout of the weight itself: w -> w * mask / (1 - p), P(mask = 0) = p.
+
+    One draw per read of the weight in training; penalties read the unmasked weight.
+
+    Args:
+        p: the rate, in [0, 1).
+        on: `"weight"`, a parameter's own name or a tuple of names.
+
+    Raises:
+        TypeError, ValueError: for a rate outside [0, 1).
+
+    Source: Wan et al., Regularization of neural networks using DropConnect (2013).
+    """
+
+    p: float
+    on: str | tuple[str, ...] = field(default="weight", kw_only=True)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "p", _number("DropConnect", "p", self.p, below=1))
+        object.__setattr__(self, "on", _on("DropConnect", self.on, ("all", "output")))
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -349,7 +349,7 @@ def test_memory_layout_does_not_matter(term: Any, formula: Any, weight: Tensor) 
 TERMS = [
     (L1(1e-5), "L1(1e-05)"),
     (L1(1e-5, on="all"), "L1(1e-05, on='all')"),
-    (L1(0.1, when="called", solver="hadamard"), "L1(0.1, when='called', solver='hadamard')"),
+    (L1(0.1, on="all", solver="hadamard"), "L1(0.1, on='all', solver='hadamard')"),
     (L2(1e-4), "L2(0.0001)"),
     (L2(strength=0, on=["weight", "gain"]), "L2(0.0, on=('weight', 'gain'))"),
     (GroupLasso(0.1), "GroupLasso(0.1)"),

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from regwrap import sites
 from regwrap.errors import PolicyError
 from regwrap.planning.claims import Claim, Claims
-from regwrap.planning.survey import Key, Survey
+from regwrap.planning.survey import Key, Survey, class_name
 from regwrap.record import Rule
-from regwrap.terms import L2SP, Dropout, GroupLasso, Orthogonal
+from regwrap.terms import L1, L2SP, Dropout, GroupLasso, Orthogonal
 from regwrap.where import shown
 
 
@@ -35,8 +35,26 @@ def check(survey: Survey, claims: Claims) -> None:
             if drops and any(p.is_complex() for p in module.parameters()):
                 why = "has complex weights, for which torch has no dropout"
                 raise PolicyError(_refusal(claim, path, why, "penalise it instead"))
+            if claim.mechanism == "parametrization":
+                _check_parametrizable(survey, key, claim, path)
             if isinstance(claim.term, GroupLasso | Orthogonal):
                 _check_shape(claim, claim.term, path, sites.shape(module, name))
+
+
+def _check_parametrizable(survey: Survey, key: Key, claim: Claim, path: str) -> None:
+    module, name = claim.owners[0]
+    stored = sites.stored(module, name)
+    if isinstance(module, nn.RNNBase):
+        why, way = f"{class_name(module)} keeps in a list of its own", "penalise it by L1 or L2"
+    elif any(sites.is_lazy(t) for t in stored):
+        why, way = "is lazy", "regularize after the first forward"
+    elif isinstance(claim.term, L1) and len(survey.sites[key].paths) > 1:
+        why, way = "is shared under several names", "use L1 without solver="
+    elif isinstance(claim.term, L1) and len(stored) > 1 and not sites.is_factored(module, name):
+        why, way = "is parametrized by several tensors", "use L1 without solver="
+    else:
+        return
+    raise PolicyError(_refusal(claim, path, why, way))
 
 
 def _refusal(claim: Claim, path: str, why: str, way_out: str) -> str:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from regwrap import record
-from regwrap.planning.survey import CALL, Family, Key, Owner, Survey
+from regwrap.planning.survey import CALL, OUTPUT, Family, Key, Owner, Survey
 from regwrap.record import Mark, Rule
-from regwrap.terms import Term
+from regwrap.terms import Dropout, Term
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +87,8 @@ def load(survey: Survey) -> tuple[list[Rule], Claims]:
 
 
 def _key_of_mark(survey: Survey, module: nn.Module, mark: Mark) -> Key:
-    if mark.site == CALL:
+    if isinstance(mark.term, Dropout):
         return (CALL, id(module))
+    if mark.site == OUTPUT and getattr(mark.term, "on", None) == OUTPUT:
+        return (OUTPUT, id(module))
     return survey.keys[id(module)].get(mark.site, ("gone", id(module), mark.site))

@@ -8,7 +8,16 @@ from torch import nn
 
 from regwrap import sites
 from regwrap.planning.claims import Claim, Claims
-from regwrap.planning.survey import CALL, Key, Site, Survey, can_be_penalised, class_name, elements
+from regwrap.planning.survey import (
+    CALL,
+    OUTPUT,
+    Key,
+    Site,
+    Survey,
+    can_be_penalised,
+    class_name,
+    elements,
+)
 from regwrap.record import Entry, Policy, Rule
 from regwrap.sites import Node
 
@@ -53,6 +62,7 @@ def _sites_of(survey: Survey, gone: dict[int, list[Key]], node: Node) -> Iterato
             yield key, name
     for key in gone.get(id(module), ()):
         yield key, str(key[2])
+    yield (OUTPUT, id(module)), OUTPUT
     yield (CALL, id(module)), CALL
 
 
@@ -69,11 +79,15 @@ def _entry(
     survey: Survey, node: Node, key: Key, name: str, claim: Claim, order: dict[Rule, int]
 ) -> Entry:
     site = survey.sites.get(key)
-    note = _note(node, site, claim) if key[0] != "gone" else "the module has no such parameter now"
+    note = (
+        _note(survey, node, site, claim)
+        if key[0] != "gone"
+        else "the module has no such parameter now"
+    )
     if claim.by is not None:
         verb = "cleared" if claim.by.term is None else "replaced"
         note = f"{verb} by rule {order[claim.by]}"
-    elif key[0] == CALL:
+    elif key[0] in (CALL, OUTPUT):
         note = _call_note(survey, node, claim)
     return Entry(
         path=node.path,
@@ -105,7 +119,7 @@ def _bare(survey: Survey, node: Node) -> Entry:
     return Entry(node.path, class_name(module), None, count, note="; ".join(shared + stiff))
 
 
-def _note(node: Node, site: Site | None, claim: Claim) -> str:
+def _note(survey: Survey, node: Node, site: Site | None, claim: Claim) -> str:
     if site is None:
         return ""
     module, name = site.owners[0]
@@ -113,15 +127,25 @@ def _note(node: Node, site: Site | None, claim: Claim) -> str:
     told = []
     if others := site.paths[1:]:
         told.append(f"shared with {_listed(others)}")
-    if sites.is_effective(module, name):
+    if sites.is_foreign(module, name):
         told.append("parametrized: its effective value counts")
     if any(sites.is_lazy(t) for t in stored):
         told.append("lazy: counts once it is initialized")
     if stored and all(isinstance(t, nn.Parameter) and not t.requires_grad for t in stored):
         told.append("frozen: does not count")
+    if claim.mechanism is None:
+        told.append(_idle(survey, node))
     if getattr(module, "sparse", False) is True and claim.mechanism == "direct":
         told.append("its sparse gradient becomes dense")
     return "; ".join(told)
+
+
+def _idle(survey: Survey, node: Node) -> str:
+    """Why a term that is there installs nothing."""
+    if survey.is_called(node.module):
+        return "rate 0: installs nothing"
+    idle = id(node.module) in survey.idle
+    return f"never called: {'a function uses its weight' if idle else 'it has no forward'}"
 
 
 def _listed(paths: list[str]) -> str:
@@ -133,8 +157,5 @@ def _call_note(survey: Survey, node: Node, claim: Claim) -> str:
     aliases = survey.names[id(node.module)][1:]
     told = [f"shared with {_listed(aliases)}"] if aliases else []
     if claim.mechanism is None:
-        idle = id(node.module) in survey.idle
-        told.append(
-            "never called: a function uses its weight" if idle else "rate 0: installs nothing"
-        )
+        told.append(_idle(survey, node))
     return "; ".join(told)

@@ -10,10 +10,27 @@ from torch import nn
 from regwrap import sites
 from regwrap.errors import PolicyError
 from regwrap.planning.claims import Claim, Claims
-from regwrap.planning.survey import CALL, Key, Owner, Survey, can_be_penalised, class_name, join
+from regwrap.planning.survey import (
+    CALL,
+    OUTPUT,
+    Key,
+    Owner,
+    Survey,
+    can_be_penalised,
+    class_name,
+    join,
+)
 from regwrap.record import Rule
 from regwrap.sites import Node
-from regwrap.terms import Dropout, GroupLasso, Orthogonal, Term, WeightDecay, WeightTerm
+from regwrap.terms import (
+    DropConnect,
+    Dropout,
+    GroupLasso,
+    Orthogonal,
+    Term,
+    WeightDecay,
+    WeightTerm,
+)
 from regwrap.where import Where, parse_where, shown
 
 
@@ -47,8 +64,10 @@ def reach(survey: Survey, where: Where) -> Reach:
 
 def _claim_parameters(survey: Survey, claims: Claims, rule: Rule, reach: Reach) -> int:
     """Gives a weight term or WeightDecay the parameters it reaches; returns how many."""
-    assert isinstance(rule.term, WeightTerm | WeightDecay)
+    assert isinstance(rule.term, WeightTerm | WeightDecay | DropConnect)
     on = rule.term.on
+    if on == OUTPUT:
+        return _claim_outputs(survey, claims, rule, reach)
     reached = [
         (node.module, name)
         for node in reach.modules
@@ -59,15 +78,51 @@ def _claim_parameters(survey: Survey, claims: Claims, rule: Rule, reach: Reach) 
         if not can_be_penalised(node.module, name):
             raise PolicyError(_no_gradient(rule, join(node.path, name), node.module, name))
         reached.append((node.module, name))
-    mechanism = "optimizer" if isinstance(rule.term, WeightDecay) else "direct"
+    _check_called(survey, rule, [module for module, _ in reached])
     owners: dict[Key, dict[tuple[int, str], Owner]] = {}  # of a tied parameter several
     for module, name in reached:
         held = owners.setdefault(survey.keys[id(module)][name], {})
         held[id(module), name] = (module, name)
     for key, held in owners.items():
-        first = next(iter(held.values()))
-        claims.take(key, Claim(first[1], rule.term, rule, mechanism, tuple(held.values())))
+        module, name = next(iter(held.values()))
+        mechanism = _mechanism(survey, rule.term, module)
+        claims.take(key, Claim(name, rule.term, rule, mechanism, tuple(held.values())))
     return len(reached)
+
+
+def _mechanism(survey: Survey, term: Term, module: nn.Module) -> str | None:
+    if isinstance(term, WeightDecay):
+        return "optimizer"
+    if isinstance(term, DropConnect):
+        return "parametrization" if term.p > 0 else None
+    if getattr(term, "solver", None) == "hadamard":
+        return "parametrization"
+    if getattr(term, "when", "always") == "always":
+        return "direct"
+    return "hook" if survey.is_called(module) else None
+
+
+def _claim_outputs(survey: Survey, claims: Claims, rule: Rule, reach: Reach) -> int:
+    """Gives an activity penalty the outputs of the modules named, not of those beneath them."""
+    assert rule.term is not None
+    named = [node.module for node in reach.named]
+    _check_called(survey, rule, named)
+    for module in named:
+        mechanism = "hook" if survey.is_called(module) else None
+        claim = Claim(OUTPUT, rule.term, rule, mechanism, ((module, OUTPUT),))
+        claims.take((OUTPUT, id(module)), claim)
+    return len(named)
+
+
+def _check_called(survey: Survey, rule: Rule, modules: list[nn.Module]) -> None:
+    """Refuses a term that waits for calls where none can come."""
+    waits = getattr(rule.term, "on", None) == OUTPUT or getattr(rule.term, "when", "") == "called"
+    if waits and modules and not any(map(survey.is_called, modules)):
+        raise PolicyError(
+            f"Rule ({shown(rule.where)!r}: {rule.term!r}) reaches only modules that are never "
+            f"called in {class_name(survey.model)}: they have no forward of their own, or a "
+            "function uses their weights; name a module that runs."
+        )
 
 
 def _no_gradient(rule: Rule, path: str, module: nn.Module, name: str) -> str:
@@ -114,7 +169,7 @@ def _clear(survey: Survey, claims: Claims, rule: Rule, reach: Reach) -> int:
     """Carries out a None; returns how much its where matches."""
     for node in reach.modules:
         module = id(node.module)
-        for key in (*survey.keys[module].values(), (CALL, module)):
+        for key in (*survey.keys[module].values(), (CALL, module), (OUTPUT, module)):
             claims.clear(key, rule)
     for node, name in reach.parameters:
         claims.clear(survey.keys[id(node.module)][name], rule)

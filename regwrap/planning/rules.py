@@ -59,15 +59,10 @@ def _flat(given: object) -> list[Term]:
 
 def refuse_unbuilt(index: int, where: object, term: Term | None) -> None:
     """Arguments that the terms take already and no mechanism carries yet."""
-    default = {"when": "always", "solver": None, "at": "output", "kind": nn.Dropout}
+    default = {"at": "output", "kind": nn.Dropout}
     for name, usual in default.items():
         if getattr(term, name, usual) != usual:
             raise PolicyError(
                 f"Rule {index} ({shown(where)!r}: {term!r}) cannot be carried out yet: "
                 f"{name}={getattr(term, name)!r} is not built; leave {name} out."
             )
-    if getattr(term, "on", "weight") == "output":
-        raise PolicyError(
-            f"Rule {index} ({shown(where)!r}: {term!r}) cannot be carried out yet: penalties on "
-            "outputs are not built; penalise a parameter instead."
-        )

@@ -16,6 +16,7 @@ Family = tuple[str, ...]
 Owner = tuple[nn.Module, str]
 
 CALL = "call"
+OUTPUT = "output"
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +64,11 @@ class Survey:
             site.owners.append((node.module, name))
             site.paths.append(join(node.path, name))
 
+    def is_called(self, module: nn.Module) -> bool:
+        """Whether the module's call can be seen: it has a forward, and somebody calls it."""
+        own = type(module).forward is not nn.Module.forward or "forward" in module.__dict__
+        return own and id(module) not in self.idle
+
     def firsts(self) -> Iterator[Node]:
         """Every module once, under its first name."""
         return (node for node in self.tree if node.first)
@@ -88,7 +94,7 @@ _FSDP1 = (
 
 
 def _key(module: nn.Module, name: str) -> Key:
-    own = sites.own(module, name)
+    own = sites.plain(module, name)
     return ("parameter", id(own)) if own is not None else ("effective", id(module), name)
 
 
@@ -102,7 +108,7 @@ def _at(path: str) -> str:
 
 
 def _dims(module: nn.Module, name: str) -> int:
-    own = sites.own(module, name)
+    own = sites.plain(module, name)
     if own is not None:
         return 2 if sites.is_lazy(own) else own.dim()  # a lazy weight is known by its name alone
     shape = sites.shape(module, name)
@@ -116,7 +122,10 @@ def can_be_penalised(module: nn.Module, name: str) -> bool:
 
 def elements(site: Site) -> int:
     """Elements of the parameters behind a site, 0 while they are lazy."""
-    return sum(0 if sites.is_lazy(t) else t.numel() for t in sites.stored(*site.owners[0]))
+    stored = sites.stored(*site.owners[0])
+    if sites.is_factored(*site.owners[0]):
+        stored = stored[:1]  # W = U * V has as many elements as W
+    return sum(0 if sites.is_lazy(t) else t.numel() for t in stored)
 
 
 def class_name(module: nn.Module) -> str:

@@ -13,8 +13,9 @@ from regwrap.errors import RegwrapWarning
 from regwrap.penalty import RegularizedMixin, warn_of_own_reg_loss
 from regwrap.planning import Claim, Draft, Key
 from regwrap.record import Census, Mark, Record, Reference
-from regwrap.surgery import output
-from regwrap.terms import L2SP, Dropout
+from regwrap.seen import ROUND
+from regwrap.surgery import output, weight
+from regwrap.terms import L2SP
 
 
 def apply(root: nn.Module, draft: Draft) -> None:
@@ -40,7 +41,11 @@ def _write(root: nn.Module, draft: Draft) -> None:
     for node in draft.survey.firsts():
         module = node.module
         record.write(module, records.get(id(module), record.EMPTY))
-        hooked |= _sync_dropout(module)
+        weight.sync(module)
+        hooked |= output.sync(module)
+    for module in root.modules():  # a root inside may have nothing left to begin and end
+        if module is root or ROUND in module.__dict__:
+            hooked |= output.sync_root(module)
     if not expose(root):
         warn_of_own_reg_loss(root)
     if hooked:
@@ -106,16 +111,6 @@ def _reference(
     return {name: Reference(planning.start_of(draft.survey, claim, key))}
 
 
-def _sync_dropout(module: nn.Module) -> bool:
-    """Puts the hook where the record wants one; whether hooks were added or taken."""
-    rates = [
-        mark.term.p
-        for mark in record.read(module).marks
-        if isinstance(mark.term, Dropout) and mark.mechanism == "hook"
-    ]
-    return output.install(module, rates[0]) if rates else output.remove(module)
-
-
 def _owns_reg_loss(root: nn.Module) -> bool:
     if identity.is_spliced(root, RegularizedMixin):
         return False
@@ -127,8 +122,8 @@ def revert(root: nn.Module) -> None:
     """Takes back everything at and beneath the module, on copies of a model too."""
     changed = False
     for module in list(root.modules()):
-        changed |= output.remove(module)
-        record.strip(module)
+        weight.revert(module)
+        changed |= record.strip(module)
         identity.unsplice(module, RegularizedMixin)
     if changed:
         _forget_compiled()

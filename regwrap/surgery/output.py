@@ -1,17 +1,90 @@
-"""Dropout by a hook on the layer: no child is added, nothing of the owner is read."""
+"""Hooks on a layer: they drop its output, penalise it, or mark the layer as called.
+
+All of them are module-level functions under fixed keys with their state on the module: no closure
+that a copy would share, no integer id that another process would give out again.
+"""
 
 from __future__ import annotations
 
-from typing import Tuple  # noqa: UP035 - TorchScript knows no other name for it
+import dataclasses
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any, Tuple  # noqa: UP035 - TorchScript knows no other name for it
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointFunction
 
+from regwrap import record
 from regwrap.errors import PolicyError
 from regwrap.record import HOOK
+from regwrap.seen import ROUND, SEEN, Round, Seen, Values
+from regwrap.terms import Dropout, Timed
 
 _RATE = "_regwrap_p"
+_SEE: Any = f"{HOOK}.output"  # Any: torch's annotations know integer keys only
+_BEGIN: Any = f"{HOOK}.begin"
+_END: Any = f"{HOOK}.end"
+
+
+def sync(module: nn.Module) -> bool:
+    """Gives the module the hooks that its record asks for; whether any came or went."""
+    marks = [mark for mark in record.read(module).marks if mark.mechanism == "hook"]
+    rates = [mark.term.p for mark in marks if isinstance(mark.term, Dropout)]
+    sees = any(isinstance(mark.term, Timed) for mark in marks)
+    before = set(module._forward_hooks)
+    _keep(module, SEEN, Seen() if sees else None)
+    _hook(module, _SEE, see_output if sees else None)
+    module.__dict__.pop(_RATE, None)
+    if rates:
+        module.__dict__[_RATE] = rates[0]
+    _hook(module, HOOK, drop_output if rates else None)
+    if sees and rates:  # what is penalised is the layer's own output
+        _put_before(module._forward_hooks, _SEE, HOOK)
+    return before != set(module._forward_hooks)
+
+
+def _keep(module: nn.Module, key: str, fresh: Any) -> None:
+    """Gives the module the holder, unless it has one; None takes it away."""
+    if fresh is None:
+        module.__dict__.pop(key, None)
+    else:
+        module.__dict__.setdefault(key, fresh)
+
+
+def _hook(module: nn.Module, key: Any, hook: Any) -> None:
+    """Gives the module the hook, which keeps its place if it is there; None takes it away."""
+    if hook is None:
+        module._forward_hooks.pop(key, None)
+    else:
+        module._forward_hooks[key] = hook
+
+
+def _put_before(hooks: Any, first: Any, second: Any) -> None:
+    order = list(hooks)
+    if order.index(first) > order.index(second):
+        order.remove(first)
+        order.insert(order.index(second), first)
+        for key in order:
+            hooks.move_to_end(key)
+
+
+def sync_root(root: nn.Module) -> bool:
+    """Gives the root the hooks that begin and end a forward, if anything beneath it needs them."""
+    needed = any(SEEN in module.__dict__ for module in root.modules())
+    present = ROUND in root.__dict__
+    root._forward_pre_hooks.pop(_BEGIN, None)
+    root._forward_hooks.pop(_END, None)
+    root._forward_hooks_always_called.pop(_END, None)
+    _keep(root, ROUND, Round() if needed else None)
+    if needed:
+        root._forward_pre_hooks[_BEGIN] = begin_forward
+        # first: were another's to raise before it, a forward would end that has not begun
+        root._forward_pre_hooks.move_to_end(_BEGIN, last=False)  # type: ignore[attr-defined]
+        root._forward_hooks[_END] = end_forward
+        root._forward_hooks_always_called[_END] = True  # an exception ends a forward too
+    return needed != present
 
 
 def drop_output(module: nn.Module, args: Tuple[Tensor], output: Tensor) -> Tensor:  # noqa: UP006
@@ -33,15 +106,116 @@ def _require_tensor(layer: nn.Module, output: object) -> None:
         )
 
 
-def install(layer: nn.Module, rate: float) -> bool:
-    """Drops the layer's output at this rate from now on; whether the layer had no such hook."""
-    fresh = HOOK not in layer._forward_hooks
-    layer.__dict__[_RATE] = rate
-    layer._forward_hooks[HOOK] = drop_output
-    return fresh
+def see_output(module: nn.Module, args: Any, output: Any) -> None:
+    """A forward hook: keeps the penalties of the output, and that the module was called."""
+    again = _is_again()
+    recording = module.training and torch.is_grad_enabled()
+    if again or torch.compiler.is_exporting():
+        # Non-reentrant checkpointing calls again in the backward and counts what autograd saves:
+        # the same is computed, and nothing recorded.
+        if again and recording:
+            _penalties(module, output)
+        return
+    seen: Seen = module.__dict__[SEEN]
+    seen.about_to_record(type(module).__name__)
+    seen.called = True
+    if recording:
+        seen.record(_penalties(module, output))
+    elif module.training and _in_reentrant_checkpoint():
+        _refuse_reentrant(module)
 
 
-def remove(layer: nn.Module) -> bool:
-    """The inverse of `install`; whether there was a hook."""
-    layer.__dict__.pop(_RATE, None)
-    return layer._forward_hooks.pop(HOOK, None) is not None
+def _refuse_reentrant(module: nn.Module) -> None:
+    if any(True for _ in _output_terms(module)):
+        raise PolicyError(
+            f"The output of {type(module).__name__} cannot be penalised inside reentrant "
+            "checkpointing, whose forward has no gradient; call "
+            "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
+        )
+
+
+def _penalties(module: nn.Module, output: Any) -> Values:
+    """Summed over the features, averaged over the batch, as Keras does."""
+    found = []
+    for term in _output_terms(module):
+        tensor = _selected(module, output, term.select)
+        batch = tensor.shape[0] if tensor.dim() else 1
+        found.append((term.family, term.value(tensor) / max(batch, 1)))
+    return found
+
+
+def _output_terms(module: nn.Module) -> Iterator[Timed]:
+    for mark in record.read(module).marks:
+        if isinstance(mark.term, Timed) and mark.term.on == "output":
+            yield mark.term
+
+
+def _selected(module: nn.Module, output: Any, select: str | int | None) -> Tensor:
+    """The tensor that is penalised: the first one, or what `select=` names."""
+    found = _first_tensor(output) if select is None else _at(output, select)
+    name = type(module).__name__
+    if not isinstance(found, Tensor):
+        raise PolicyError(
+            f"The output of {name} has no tensor to penalise"
+            f"{'' if select is None else f' at select={select!r}'}: it is {type(output).__name__}; "
+            "name it with select=, a key or an index."
+        )
+    if not (found.is_floating_point() or found.is_complex()):
+        raise PolicyError(
+            f"The output of {name} has a tensor of {found.dtype} to penalise, which has no "
+            "gradient; name another with select=, a key or an index."
+        )
+    return found
+
+
+def _at(output: Any, select: str | int) -> Any:
+    if isinstance(select, str) and not isinstance(output, Mapping):
+        return getattr(output, select, None)
+    try:
+        return output[select]
+    except (KeyError, IndexError, TypeError):
+        return None
+
+
+def _first_tensor(output: Any) -> Tensor | None:
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping):
+        inner: Any = output.values()
+    elif isinstance(output, tuple | list):
+        inner = output
+    elif dataclasses.is_dataclass(output):
+        inner = (getattr(output, field.name) for field in dataclasses.fields(output))
+    else:
+        inner = ()
+    return next((t for t in map(_first_tensor, inner) if t is not None), None)
+
+
+def _is_again() -> bool:
+    """Whether a backward is running, in which checkpointing calls the forward once more."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _in_reentrant_checkpoint() -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    # Looked for only in training without grad, where a frame walk costs nothing that matters.
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code is CheckpointFunction.forward.__code__:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+def begin_forward(root: nn.Module, args: Any) -> None:
+    """A forward pre-hook of the root: what the last forward left is forgotten."""
+    if not _is_again() and not torch.compiler.is_exporting():
+        root.__dict__[ROUND].begin(root)
+
+
+def end_forward(root: nn.Module, args: Any, output: Any) -> None:
+    """A forward hook of the root, the inverse of `begin_forward`."""
+    held: Round | None = root.__dict__.get(ROUND)
+    if held is not None and not _is_again() and not torch.compiler.is_exporting():
+        held.end(root)
