@@ -254,8 +254,7 @@ class RegularizedMixin:
         if isinstance(reduced, str):
             return reduced
         make, args, *rest = reduced
-        plain = identity.plain_class(type(self), RegularizedMixin)
-        make, *args = (plain if part is type(self) else part for part in (make, *args))
+        make, *args = map(_plain, (make, *args))
         kept = _lift_all(self)
         if rest and rest[0] is not None:
             rest[0] = _State(rest[0], kept)
@@ -278,6 +277,13 @@ class RegularizedMixin:
         identity.splice(copied, RegularizedMixin)
         _lay_all(copied, kept)
         return copied
+
+
+def _plain(part: Any) -> Any:
+    """A part of a pickle with the author's class in place of a spliced one, at any depth."""
+    if isinstance(part, type) and issubclass(part, RegularizedMixin):
+        return identity.plain_class(part, RegularizedMixin)
+    return tuple(map(_plain, part)) if type(part) is tuple else part
 
 
 @dataclass(frozen=True, eq=False)

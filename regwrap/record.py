@@ -42,6 +42,8 @@ class Mark:
     mechanism: str | None
     by: Rule | None = None
     """The later rule that replaced or cleared it."""
+    note: str = ""
+    """What was found out when it was planned."""
 
 
 class Reference:

@@ -59,12 +59,25 @@ def nodes(model: nn.Module) -> list[Node]:
         seen.add(id(module))
         above.add(id(module))
         for name, child in module._modules.items():
-            if child is not None and id(child) not in above and not _is_machinery(name, child):
+            if child is not None and id(child) not in above and not _is_hidden(name, child):
                 visit(f"{path}.{name}" if path else name, child, index)
         above.remove(id(module))
 
     visit("", model, None)
     return found
+
+
+def _is_hidden(name: str, child: nn.Module) -> bool:
+    """Parametrizations, and the dropouts that a rewrite of ours put in."""
+    return _is_machinery(name, child) or name.startswith(INSERTED)
+
+
+INSERTED = "regwrap_dropout"
+
+
+def children(module: nn.Module) -> list[nn.Module]:
+    """The module's own children, as its author knows them."""
+    return [c for n, c in module._modules.items() if c is not None and not _is_hidden(n, c)]
 
 
 def _is_machinery(name: str, child: nn.Module) -> bool:

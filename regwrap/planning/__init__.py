@@ -10,9 +10,10 @@ from torch import nn
 from regwrap.errors import RegwrapWarning, UnmatchedRule
 from regwrap.planning.checks import check, l2sp, start_of
 from regwrap.planning.claims import Claim, Claims, load
+from regwrap.planning.deeds import carry_out
 from regwrap.planning.entries import draw_policy
-from regwrap.planning.reach import carry_out, reach, unmatched
-from regwrap.planning.rules import parse_rules, refuse_unbuilt
+from regwrap.planning.reach import reach, unmatched
+from regwrap.planning.rules import parse_rules
 from regwrap.planning.survey import Key, Survey
 from regwrap.record import Policy, Rule
 from regwrap.where import parse_where, recorded
@@ -39,7 +40,6 @@ def draft(model: nn.Module, rules: object, *, strict: bool = True) -> Draft:
     start = 1 + max((rule.order for rule in old), default=-1)
     added = []
     for i, (where, term) in enumerate(pairs):
-        refuse_unbuilt(i, where, term)
         rule = Rule(start + i, recorded(where), term)
         reached = reach(survey, parse_where(where))
         if not carry_out(survey, claims, rule, reached):

@@ -23,10 +23,11 @@ class Claim:
     mechanism: str | None
     owners: tuple[Owner, ...]
     by: Rule | None = None
+    note: str = ""
 
     def mark(self, name: str) -> Mark:
         """The claim as it lies on an owner, under the owner's name of the site."""
-        return Mark(name, self.term, self.rule, self.mechanism, self.by)
+        return Mark(name, self.term, self.rule, self.mechanism, self.by, self.note)
 
 
 class Claims:
@@ -53,6 +54,13 @@ class Claims:
         for claim in self.held.pop(key, {}).values():
             self._lose(key, claim, rule)
 
+    def displace(self, key: Key, family: Family, rule: Rule) -> None:
+        """Takes one family from the site for a claim that lies elsewhere."""
+        current = self.held.get(key, {}).get(family)
+        if current is not None and current.rule != rule:
+            del self.held[key][family]
+            self._lose(key, current, rule)
+
     def _lose(self, key: Key, claim: Claim, by: Rule) -> None:
         self.lost.setdefault(key, []).append(dataclasses.replace(claim, by=by))
 
@@ -78,7 +86,7 @@ def load(survey: Survey) -> tuple[list[Rule], Claims]:
             owners.append((node.module, mark.site))
     claims = Claims()
     for (key, rule, by), (mark, owners) in found.items():
-        claim = Claim(mark.site, mark.term, rule, mark.mechanism, tuple(owners), by)
+        claim = Claim(mark.site, mark.term, rule, mark.mechanism, tuple(owners), by, mark.note)
         if by is None:
             claims.take(key, claim)
         else:

@@ -156,6 +156,8 @@ def _listed(paths: list[str]) -> str:
 def _call_note(survey: Survey, node: Node, claim: Claim) -> str:
     aliases = survey.names[id(node.module)][1:]
     told = [f"shared with {_listed(aliases)}"] if aliases else []
-    if claim.mechanism is None:
+    if claim.note:
+        told.append(claim.note)
+    elif claim.mechanism is None:
         told.append(_idle(survey, node))
     return "; ".join(told)

@@ -11,7 +11,6 @@ from regwrap import sites
 from regwrap.errors import PolicyError
 from regwrap.planning.claims import Claim, Claims
 from regwrap.planning.survey import (
-    CALL,
     OUTPUT,
     Key,
     Owner,
@@ -62,7 +61,7 @@ def reach(survey: Survey, where: Where) -> Reach:
     return Reach(where, named, modules, parameters)
 
 
-def _claim_parameters(survey: Survey, claims: Claims, rule: Rule, reach: Reach) -> int:
+def claim_parameters(survey: Survey, claims: Claims, rule: Rule, reach: Reach) -> int:
     """Gives a weight term or WeightDecay the parameters it reaches; returns how many."""
     assert isinstance(rule.term, WeightTerm | WeightDecay | DropConnect)
     on = rule.term.on
@@ -131,58 +130,6 @@ def _no_gradient(rule: Rule, path: str, module: nn.Module, name: str) -> str:
         f"Rule ({shown(rule.where)!r}: {rule.term!r}) names {path!r}, whose dtype {dtype} has no "
         "gradient; name floating point parameters only."
     )
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether a Dropout rule takes the module for a Linear layer."""
-    cls = type(module)
-    by_name = cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers.")
-    return isinstance(module, nn.Linear) or by_name
-
-
-def _claim_calls(survey: Survey, claims: Claims, rule: Rule, reach: Reach) -> int:
-    """Gives a Dropout the Linear layers it reaches; returns how many."""
-    assert isinstance(rule.term, Dropout)
-    linears = [n.module for n in reach.modules if is_linear(n.module)]
-    for node in reach.named:
-        itself = not node.module._modules and reach.where.names_layer()
-        if itself and not is_linear(node.module):
-            raise PolicyError(
-                f"Rule ({shown(rule.where)!r}: {rule.term!r}) names {node.path!r}, a "
-                f"{class_name(node.module)}: a Dropout after a layer that is no Linear is not "
-                "built yet; name Linear layers."
-            )
-    if linears and all(id(module) in survey.idle for module in linears):
-        raise PolicyError(
-            f"Rule ({shown(rule.where)!r}: {rule.term!r}) reaches only Linear layers that are "
-            f"never called in {class_name(survey.model)}: a function uses their weights, so that "
-            "a Dropout after them would never act; name another layer."
-        )
-    for module in linears:
-        acts = id(module) not in survey.idle and rule.term.p > 0
-        claim = Claim(CALL, rule.term, rule, "hook" if acts else None, ((module, CALL),))
-        claims.take((CALL, id(module)), claim)
-    return len(linears)
-
-
-def _clear(survey: Survey, claims: Claims, rule: Rule, reach: Reach) -> int:
-    """Carries out a None; returns how much its where matches."""
-    for node in reach.modules:
-        module = id(node.module)
-        for key in (*survey.keys[module].values(), (CALL, module), (OUTPUT, module)):
-            claims.clear(key, rule)
-    for node, name in reach.parameters:
-        claims.clear(survey.keys[id(node.module)][name], rule)
-    return len(reach.modules) + len(reach.parameters)
-
-
-def carry_out(survey: Survey, claims: Claims, rule: Rule, reach: Reach) -> int:
-    """Gives the rule's term what it reaches, or clears it; returns how many sites."""
-    if rule.term is None:
-        return _clear(survey, claims, rule, reach)
-    if isinstance(rule.term, Dropout):
-        return _claim_calls(survey, claims, rule, reach)
-    return _claim_parameters(survey, claims, rule, reach)
 
 
 def unmatched(survey: Survey, index: int, where: object, term: Term | None, reach: Reach) -> str:

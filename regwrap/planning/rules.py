@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from torch import nn
-
-from regwrap.errors import PolicyError, brief
+from regwrap.errors import brief
 from regwrap.terms import Term
 from regwrap.where import parse_where, shown
 
@@ -55,14 +53,3 @@ def _flat(given: object) -> list[Term]:
     listed = given if isinstance(given, tuple | list) else (given,)
     terms = [t for item in listed for t in (item if isinstance(item, tuple) else (item,))]
     return terms if all(isinstance(t, Term) for t in terms) else []
-
-
-def refuse_unbuilt(index: int, where: object, term: Term | None) -> None:
-    """Arguments that the terms take already and no mechanism carries yet."""
-    default = {"at": "output", "kind": nn.Dropout}
-    for name, usual in default.items():
-        if getattr(term, name, usual) != usual:
-            raise PolicyError(
-                f"Rule {index} ({shown(where)!r}: {term!r}) cannot be carried out yet: "
-                f"{name}={getattr(term, name)!r} is not built; leave {name} out."
-            )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from regwrap import sites
+from regwrap import graph, sites
 from regwrap.errors import PolicyError
 from regwrap.sites import Node
 
@@ -63,6 +64,27 @@ class Survey:
             site = self.sites.setdefault(key, Site(key))
             site.owners.append((node.module, name))
             site.paths.append(join(node.path, name))
+
+    @functools.cached_property
+    def _verdicts(self) -> dict[str, graph.Verdict]:
+        return graph.survey(self.model, lambda module: True)
+
+    def verdict(self, module: nn.Module) -> graph.Verdict | None:
+        """Who calls the module, as far as the code can be read; None for the model itself."""
+        return self._verdicts.get(self.names[id(module)][0])
+
+    def is_output(self, module: nn.Module) -> bool:
+        """Whether what the module returns is what the model returns, for all that can be read."""
+        verdict = self.verdict(module)
+        for site in () if verdict is None else verdict.sites:
+            returned = any(call.returned for call in site.calls)
+            owner = self.model.get_submodule(site.owner)
+            if returned and owner is not module and self._returns(owner):
+                return True
+        return False
+
+    def _returns(self, owner: nn.Module) -> bool:
+        return owner is self.model or self.is_output(owner)
 
     def is_called(self, module: nn.Module) -> bool:
         """Whether the module's call can be seen: it has a forward, and somebody calls it."""

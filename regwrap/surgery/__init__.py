@@ -12,10 +12,11 @@ from regwrap import identity, planning, record, sites
 from regwrap.errors import RegwrapWarning
 from regwrap.penalty import RegularizedMixin, warn_of_own_reg_loss
 from regwrap.planning import Claim, Draft, Key
+from regwrap.planning.survey import Survey
 from regwrap.record import Census, Mark, Record, Reference
 from regwrap.seen import ROUND
-from regwrap.surgery import output, weight
-from regwrap.terms import L2SP
+from regwrap.surgery import fx, output, rates, weight
+from regwrap.terms import L2SP, Dropout
 
 
 def apply(root: nn.Module, draft: Draft) -> None:
@@ -42,14 +43,34 @@ def _write(root: nn.Module, draft: Draft) -> None:
         module = node.module
         record.write(module, records.get(id(module), record.EMPTY))
         weight.sync(module)
+        rates.sync(module)
         hooked |= output.sync(module)
-    for module in root.modules():  # a root inside may have nothing left to begin and end
+    _sync_owners(draft.survey)
+    for module in list(root.modules()):  # a root inside may have nothing left to begin and end
         if module is root or ROUND in module.__dict__:
             hooked |= output.sync_root(module)
     if not expose(root):
         warn_of_own_reg_loss(root)
     if hooked:
         _forget_compiled()
+
+
+def _sync_owners(survey: Survey) -> None:
+    """Puts the dropouts that records ask for into the code of the modules that call the layers."""
+    inserts: dict[int, list[fx.Insert]] = {}
+    for node in survey.firsts():
+        for mark in record.read(node.module).marks:
+            verdict = survey.verdict(node.module) if mark.mechanism == "fx" else None
+            for site in () if verdict is None else verdict.sites:
+                assert isinstance(mark.term, Dropout)
+                insert = fx.Insert(site.child, mark.term.p, mark.term.kind, mark.term.at)
+                owner = survey.model.get_submodule(site.owner)
+                inserts.setdefault(id(owner), []).append(insert)
+    for node in survey.firsts():
+        wanted = tuple(inserts.get(id(node.module), ()))
+        present = fx.rewritten(node.module)
+        if wanted != (() if present is None else present.inserts):
+            fx.rewrite(node.module, wanted)
 
 
 def expose(root: nn.Module) -> bool:
@@ -123,6 +144,8 @@ def revert(root: nn.Module) -> None:
     changed = False
     for module in list(root.modules()):
         weight.revert(module)
+        rates.revert(module)
+        fx.restore(module)
         changed |= record.strip(module)
         identity.unsplice(module, RegularizedMixin)
     if changed:

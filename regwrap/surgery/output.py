@@ -23,6 +23,7 @@ from regwrap.seen import ROUND, SEEN, Round, Seen, Values
 from regwrap.terms import Dropout, Timed
 
 _RATE = "_regwrap_p"
+_KIND = "_regwrap_kind"
 _SEE: Any = f"{HOOK}.output"  # Any: torch's annotations know integer keys only
 _BEGIN: Any = f"{HOOK}.begin"
 _END: Any = f"{HOOK}.end"
@@ -31,18 +32,34 @@ _END: Any = f"{HOOK}.end"
 def sync(module: nn.Module) -> bool:
     """Gives the module the hooks that its record asks for; whether any came or went."""
     marks = [mark for mark in record.read(module).marks if mark.mechanism == "hook"]
-    rates = [mark.term.p for mark in marks if isinstance(mark.term, Dropout)]
+    drops = next((mark.term for mark in marks if isinstance(mark.term, Dropout)), None)
     sees = any(isinstance(mark.term, Timed) for mark in marks)
-    before = set(module._forward_hooks)
+    before = _keys(module)
     _keep(module, SEEN, Seen() if sees else None)
-    _hook(module, _SEE, see_output if sees else None)
-    module.__dict__.pop(_RATE, None)
-    if rates:
-        module.__dict__[_RATE] = rates[0]
-    _hook(module, HOOK, drop_output if rates else None)
-    if sees and rates:  # what is penalised is the layer's own output
+    _hook(module._forward_hooks, _SEE, see_output if sees else None)
+    _sync_dropout(module, drops)
+    if sees and HOOK in module._forward_hooks:  # what is penalised is the layer's own output
         _put_before(module._forward_hooks, _SEE, HOOK)
-    return before != set(module._forward_hooks)
+    return before != _keys(module)
+
+
+def _keys(module: nn.Module) -> set[object]:
+    return {*module._forward_hooks.items(), *module._forward_pre_hooks.items()}
+
+
+def _sync_dropout(module: nn.Module, term: Dropout | None) -> None:
+    for key in (_RATE, _KIND):
+        module.__dict__.pop(key, None)
+    before = after = None
+    if term is not None and term.kind is nn.Dropout:
+        module.__dict__[_RATE] = term.p
+        before, after = drop_input, drop_output
+    elif term is not None:  # beside the children, not among them: nobody's submodule
+        module.__dict__[_KIND] = term.kind(term.p)
+        before, after = drop_input_by_kind, drop_output_by_kind
+    at_input = term is not None and term.at == "input"
+    _hook(module._forward_pre_hooks, HOOK, before if at_input else None)
+    _hook(module._forward_hooks, HOOK, None if at_input else after)
 
 
 def _keep(module: nn.Module, key: str, fresh: Any) -> None:
@@ -53,12 +70,12 @@ def _keep(module: nn.Module, key: str, fresh: Any) -> None:
         module.__dict__.setdefault(key, fresh)
 
 
-def _hook(module: nn.Module, key: Any, hook: Any) -> None:
-    """Gives the module the hook, which keeps its place if it is there; None takes it away."""
+def _hook(hooks: Any, key: Any, hook: Any) -> None:
+    """Puts the hook there, at its old place if there is one; None takes it away."""
     if hook is None:
-        module._forward_hooks.pop(key, None)
+        hooks.pop(key, None)
     else:
-        module._forward_hooks[key] = hook
+        hooks[key] = hook
 
 
 def _put_before(hooks: Any, first: Any, second: Any) -> None:
@@ -96,6 +113,45 @@ def drop_output(module: nn.Module, args: Tuple[Tensor], output: Tensor) -> Tenso
             _require_tensor(module, output)
         return F.dropout(output, module._regwrap_p, True)  # type: ignore[arg-type]
     return output
+
+
+def drop_input(module: nn.Module, args: Tuple[Tensor]) -> Tuple[Tensor]:  # noqa: UP006
+    """A forward pre-hook, as TorchScript takes it: the same before the layer."""
+    if module.training:
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            _require_input(module, args)
+            return (F.dropout(args[0], module._regwrap_p, True), *args[1:])  # type: ignore
+        return (F.dropout(args[0], module._regwrap_p, True),)  # type: ignore[arg-type]
+    return args
+
+
+def drop_output_by_kind(module: nn.Module, args: Any, output: Any) -> Any:
+    """A forward hook: a dropout of another class."""
+    if not module.training:
+        return output
+    _require_tensor(module, output)
+    return _kind_of(module)(output)
+
+
+def drop_input_by_kind(module: nn.Module, args: Any) -> Any:
+    """A forward pre-hook: a dropout of another class before the layer."""
+    if not module.training:
+        return args
+    _require_input(module, args)
+    return (_kind_of(module)(args[0]), *args[1:])
+
+
+def _kind_of(module: nn.Module) -> nn.Module:
+    kind: nn.Module = module.__dict__[_KIND]
+    return kind.train(module.training)
+
+
+def _require_input(layer: nn.Module, args: Any) -> None:
+    if not (args and isinstance(args[0], Tensor)):
+        raise PolicyError(
+            f"{type(layer).__name__} was called without a tensor as its first positional argument: "
+            "a Dropout at='input' cannot act on it; write at='output'."
+        )
 
 
 def _require_tensor(layer: nn.Module, output: object) -> None:

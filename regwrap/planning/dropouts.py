@@ -1,0 +1,289 @@
+"""Where a Dropout acts: in the owner's code, by a hook, or as a rate that is there already."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from regwrap import graph, record, sites
+from regwrap.errors import PolicyError, RegwrapWarning
+from regwrap.planning.claims import Claim, Claims
+from regwrap.planning.reach import Reach
+from regwrap.planning.survey import CALL, Survey, class_name, join
+from regwrap.record import Rule
+from regwrap.terms import Dropout
+from regwrap.where import shown
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """What a Dropout rule acts on, and by which mechanism; None where nothing acts."""
+
+    module: nn.Module
+    mechanism: str | None
+    note: str = ""
+
+
+def claim_calls(survey: Survey, claims: Claims, rule: Rule, reach: Reach) -> int:
+    """Gives a Dropout the layers it reaches and the rates it names; returns how many."""
+    assert isinstance(rule.term, Dropout)
+    layers = _layers(survey, reach)
+    rates = list(_rates_named(reach))
+    _refuse_idle(survey, rule, layers if not rates else [])
+    for module in layers:
+        _take(survey, claims, rule, module, _place(survey, rule, module))
+    for module in rates:
+        _take(survey, claims, rule, module, Place(module, "direct", _rate_note(module)))
+    _warn_of_output(survey, rule, reach, layers)
+    return len(layers) + len(rates)
+
+
+def release(survey: Survey, claims: Claims, rule: Rule, module: nn.Module) -> None:
+    """Clears what acts for a layer, wherever it lies."""
+    for acting in _acting(survey, module):
+        claims.clear((CALL, id(acting)), rule)
+
+
+def _take(survey: Survey, claims: Claims, rule: Rule, layer: nn.Module, place: Place) -> None:
+    for acting in _acting(survey, layer):
+        if acting is not place.module:  # an earlier rule put it elsewhere
+            claims.displace((CALL, id(acting)), ("Dropout",), rule)
+    assert rule.term is not None
+    owners = ((place.module, CALL),)
+    claim = Claim(CALL, rule.term, rule, place.mechanism, owners, note=place.note)
+    claims.take((CALL, id(place.module)), claim)
+
+
+def _acting(survey: Survey, layer: nn.Module) -> list[nn.Module]:
+    """The modules on which a Dropout of this layer may lie."""
+    others = (_existing(survey, layer), _activation_module(survey, layer))
+    return [layer, *(m for m in others if m is not None)]
+
+
+# --- which layers -------------------------------------------------------------------------------
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a Dropout rule takes the module for a Linear layer."""
+    cls = type(module)
+    by_name = cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers.")
+    return isinstance(module, nn.Linear) or by_name
+
+
+def _layers(survey: Survey, reach: Reach) -> list[nn.Module]:
+    """Every Linear reached, and other leaf layers that the rule names itself."""
+    governed = {id(m) for n in _itself(reach) for m in _governed(n)}
+    found = {
+        id(n.module): n.module
+        for n in reach.modules
+        if is_linear(n.module) and id(n.module) not in governed
+    }
+    for module in _itself(reach):
+        leaf = not sites.children(module) and survey.is_called(module)
+        if leaf and rate_of(module) is None and not sites.is_norm(module):
+            found.setdefault(id(module), module)
+    return list(found.values())
+
+
+def _itself(reach: Reach) -> list[nn.Module]:
+    if not reach.where.names_layer():
+        return []
+    return list({id(node.module): node.module for node in reach.named}.values())
+
+
+_ENCODERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+
+
+def _governed(module: nn.Module) -> tuple[nn.Module, ...]:
+    """The Linears of a stock transformer layer, whose own dropouts follow them."""
+    return (module.linear1, module.linear2) if isinstance(module, _ENCODERS) else ()
+
+
+def _rates_named(reach: Reach) -> Iterator[nn.Module]:
+    """Modules with a dropout rate of their own that the rule names itself."""
+    for module in _itself(reach):
+        if rate_of(module) is not None:
+            yield module
+        if isinstance(module, _ENCODERS):
+            yield from (m for m in module.children() if rate_of(m) is not None)
+
+
+_ATTRIBUTES = ("attention_dropout", "attn_dropout", "dropout", "dropout_p", "drop_prob")
+
+
+def rate_of(module: nn.Module) -> str | None:
+    """The attribute in which a module keeps a dropout rate of its own, None without one."""
+    names = ("p", *_ATTRIBUTES) if graph.is_dropout(module) else _ATTRIBUTES
+    held = vars(module)
+    return next((n for n in names if isinstance(held.get(n), float)), None) or next(
+        (n for n in names if graph.is_dropout(module) and type(held.get(n)) is int), None
+    )
+
+
+def _rate_note(module: nn.Module) -> str:
+    if isinstance(module, nn.RNNBase) and module.num_layers == 1:
+        return f"without effect: a {class_name(module)} drops between its layers, and has one"
+    return ""
+
+
+def _refuse_idle(survey: Survey, rule: Rule, layers: list[nn.Module]) -> None:
+    if layers and all(_is_idle(survey, module) for module in layers):
+        raise PolicyError(
+            f"Rule ({shown(rule.where)!r}: {rule.term!r}) reaches only Linear layers that are "
+            f"never called in {class_name(survey.model)}: a function uses their weights, so that "
+            "a Dropout after them would never act; name another layer."
+        )
+
+
+def _is_idle(survey: Survey, module: nn.Module) -> bool:
+    verdict = survey.verdict(module)
+    return id(module) in survey.idle or (verdict is not None and verdict.never_called)
+
+
+# --- where it acts ------------------------------------------------------------------------------
+
+
+def _place(survey: Survey, rule: Rule, layer: nn.Module) -> Place:
+    term = rule.term
+    assert isinstance(term, Dropout)
+    _refuse_owner_above(survey, rule, layer)
+    if _is_idle(survey, layer):
+        return Place(layer, None, "never called: a function uses its weight")
+    if term.at == "activation":
+        return _behind_activation(survey, rule, layer)
+    if term.p == 0:
+        return Place(layer, None, "rate 0: installs nothing")
+    existing = _existing(survey, layer)
+    if term.at == "output" and term.kind is nn.Dropout and existing is not None:
+        return Place(existing, "direct", f"replaces a Dropout's rate, for {_path(survey, layer)}")
+    return _by_fx_or_hook(survey, layer, "")
+
+
+def _refuse_owner_above(survey: Survey, rule: Rule, layer: nn.Module) -> None:
+    held = any(m.mechanism == "fx" for m in record.read(layer).marks)
+    verdict = survey.verdict(layer)
+    if held and (verdict is None or not verdict.sites):
+        raise PolicyError(
+            f"Rule ({shown(rule.where)!r}: {rule.term!r}) reaches {_path(survey, layer)!r}, whose "
+            "Dropout is in the code of a module above the one given; call regularize on the model "
+            "that was regularized first."
+        )
+
+
+def _by_fx_or_hook(survey: Survey, layer: nn.Module, note: str) -> Place:
+    verdict = survey.verdict(layer)
+    if verdict is not None and verdict.by_fx:
+        return Place(layer, "fx", note)
+    why = "the layer is the model itself" if verdict is None else verdict.reason
+    notes = [n for n in (note, f"not by fx: {why}" if why else "") if n]
+    if verdict is not None and _stacks(survey, layer):
+        notes.append("stacked on a Dropout that follows")
+    return Place(layer, "hook", "; ".join(notes))
+
+
+def _behind_activation(survey: Survey, rule: Rule, layer: nn.Module) -> Place:
+    verdict = survey.verdict(layer)
+    calls = [] if verdict is None else [c for site in verdict.sites for c in site.calls]
+    found = [c.activation for c in calls]
+    if not found or any(a is None for a in found):
+        raise PolicyError(_no_activation(survey, rule, layer, calls))
+    assert isinstance(rule.term, Dropout)
+    existing = _existing(survey, layer)
+    if rule.term.p == 0:
+        return Place(layer, None, "rate 0: installs nothing")
+    if existing is not None and rule.term.kind is nn.Dropout:
+        return Place(existing, "direct", f"replaces a Dropout's rate, for {_path(survey, layer)}")
+    assert verdict is not None
+    if verdict.by_fx:
+        return Place(layer, "fx")
+    module = _activation_module(survey, layer)
+    if module is not None:
+        note = f"behind {_path(survey, layer)}; not by fx: {verdict.reason}"
+        return Place(module, "hook", note)
+    if all(a is not None and a.commutes for a in found):
+        note = "before the activation, which is the same; "
+        return Place(layer, "hook", f"{note}not by fx: {verdict.reason}")
+    raise PolicyError(_no_activation(survey, rule, layer, calls))
+
+
+def _no_activation(survey: Survey, rule: Rule, layer: nn.Module, calls: list[graph.Call]) -> str:
+    follower = next((c.follower for c in calls if c.activation is None), "")
+    if follower:
+        why = f"no elementwise activation follows it, but {follower}"
+    elif calls:
+        why = "its activation is a function in code that cannot be rewritten"
+    else:
+        why = "the code that calls it cannot be read"
+    return (
+        f"Rule ({shown(rule.where)!r}: {rule.term!r}) finds no place behind the activation of "
+        f"{_path(survey, layer)!r}: {why}; write at='output'."
+    )
+
+
+def _existing(survey: Survey, layer: nn.Module) -> nn.Module | None:
+    """The model's own Dropout that follows every call of the layer and serves it alone."""
+    return _alone(
+        survey, layer, [c.dropout.module if c.dropout else None for c in _calls(survey, layer)]
+    )
+
+
+def _activation_module(survey: Survey, layer: nn.Module) -> nn.Module | None:
+    """The activation module that follows every call of the layer and serves it alone."""
+    calls = _calls(survey, layer)
+    return _alone(survey, layer, [c.activation.module if c.activation else None for c in calls])
+
+
+def _calls(survey: Survey, layer: nn.Module) -> list[graph.Call]:
+    verdict = survey.verdict(layer)
+    if verdict is None or verdict.reason not in ("", _SEQUENTIAL):
+        return []
+    return [call for site in verdict.sites for call in site.calls]
+
+
+_SEQUENTIAL = "the owner is a stock nn.Sequential"
+
+
+def _alone(survey: Survey, layer: nn.Module, names: list[str | None]) -> nn.Module | None:
+    """The child of the layer's only owner by this name, if nothing else calls it."""
+    verdict = survey.verdict(layer)
+    if verdict is None or len(verdict.sites) != 1 or len(names) != 1 or names[0] is None:
+        return None
+    module = survey.model.get_submodule(join(verdict.sites[0].owner, names[0]))
+    others = survey.verdict(module)
+    once = others is not None and sum(len(site.calls) for site in others.sites) == 1
+    readable = others is not None and others.reason in ("", _SEQUENTIAL)
+    return module if once and readable else None
+
+
+def _stacks(survey: Survey, layer: nn.Module) -> bool:
+    """Whether a Dropout follows that could not be taken in place of another."""
+    verdict = survey.verdict(layer)
+    assert verdict is not None
+    return any(call.dropout is not None for site in verdict.sites for call in site.calls)
+
+
+def _path(survey: Survey, module: nn.Module) -> str:
+    return survey.names[id(module)][0] or "the model itself"
+
+
+# --- the model's output -------------------------------------------------------------------------
+
+
+def _warn_of_output(survey: Survey, rule: Rule, reach: Reach, layers: list[nn.Module]) -> None:
+    """Says so when a rule reaches the layer whose output is the model's without naming it."""
+    assert isinstance(rule.term, Dropout)
+    if rule.term.at == "input" or rule.term.p == 0:
+        return
+    named = {id(module) for module in _itself(reach)}
+    for layer in layers:
+        if id(layer) not in named and survey.is_output(layer):
+            warnings.warn(
+                f"Rule ({shown(rule.where)!r}: {rule.term!r}) puts a Dropout behind "
+                f"{_path(survey, layer)!r}, whose output is the model's: predictions are dropped; "
+                "write at='input' for it, or clear it with None.",
+                RegwrapWarning,
+                stacklevel=7,
+            )

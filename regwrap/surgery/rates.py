@@ -1,0 +1,31 @@
+"""The rate of a dropout that the model has already."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from regwrap import record
+from regwrap.planning.dropouts import rate_of
+from regwrap.terms import Dropout
+
+_OLD = "_regwrap_rate"
+
+
+def sync(module: nn.Module) -> None:
+    """Gives the module the rate that its record asks for, or the one that its author gave it."""
+    marks = [m for m in record.read(module).marks if m.mechanism == "direct"]
+    rates = [m.term.p for m in marks if isinstance(m.term, Dropout)]
+    if not rates:
+        revert(module)
+        return
+    name = rate_of(module)
+    assert name is not None
+    module.__dict__.setdefault(_OLD, (name, module.__dict__[name]))
+    module.__dict__[name] = rates[0]
+
+
+def revert(module: nn.Module) -> None:
+    """Gives the module back the rate of its author."""
+    if _OLD in module.__dict__:
+        name, rate = module.__dict__.pop(_OLD)
+        module.__dict__[name] = rate
