@@ -18,6 +18,7 @@ from regwrap.terms import (
     Penalty,
     WeightDecay,
 )
+from regwrap.trust import Check, Report, verify
 from regwrap.where import Where
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ __all__ = [
     "L1",
     "L2",
     "L2SP",
+    "Check",
     "DropConnect",
     "Dropout",
     "ElasticNet",
@@ -37,6 +39,7 @@ __all__ = [
     "PolicyError",
     "RegwrapError",
     "RegwrapWarning",
+    "Report",
     "UnmatchedRule",
     "WeightDecay",
     "Where",
@@ -49,4 +52,5 @@ __all__ = [
     "regularized",
     "summary",
     "unregularize",
+    "verify",
 ]

@@ -120,6 +120,11 @@ class Live:
         return self.term.value(self.tensor, reference)
 
 
+def live_terms(root: nn.Module) -> list[Live]:
+    """Every term in force that counts now, with what it reads."""
+    return [live for live in _live(root, root.named_modules()) if live.counts]
+
+
 def _unnamed(root: nn.Module) -> Iterator[Live]:
     found = [module for module in root.modules() if record.read(module).marks]
     _notice_lost(root, found)

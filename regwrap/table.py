@@ -5,12 +5,12 @@ from __future__ import annotations
 import io
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rich import box
-from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
@@ -366,3 +366,16 @@ def _brace(numbers: list[int]) -> str:
             runs.append([n])
     told = ",".join(f"{run[0]}..{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
     return told if len(numbers) == 1 else "{" + told + "}"
+
+
+def draw_checks(checks: Iterable[tuple[str, bool, str]]) -> Group:
+    """A line a check, and how many passed."""
+    checks = list(checks)
+    grid = Table.grid(padding=(0, 2))
+    for _ in range(3):
+        grid.add_column(overflow="fold")
+    for name, ok, detail in checks:
+        state = Text("ok", style="green") if ok else Text("FAILED", style="bold red")
+        grid.add_row(state, Text(name), Text(detail))
+    passed = sum(ok for _, ok, _ in checks)
+    return Group(grid, Text(f"{passed} of {len(checks)} checks passed"))
