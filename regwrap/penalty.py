@@ -175,7 +175,8 @@ def _look(path: str, module: nn.Module, mark: Mark, reference: Reference | None)
     if tensor is None:
         return None
     called = getattr(mark.term, "when", "always") == "always" or (seen is not None and seen.called)
-    factors = stored if mark.mechanism == "parametrization" else []
+    factored = mark.mechanism == "parametrization" and sites.is_factored(module, mark.site)
+    factors = sites.factors(module, mark.site) if factored else []
     counts = counts and called
     return Live(full, mark.term, tensor, factors, reference, counts=counts)
 

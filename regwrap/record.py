@@ -15,7 +15,9 @@ from regwrap import table
 from regwrap.terms import Term
 from regwrap.where import shown
 
-_KEY = "_regwrap"
+KEY = "_regwrap"
+REDO = "_regwrap_redo"
+"""Where a module whose weight we have changed keeps the function that changes it anew."""
 HOOK: Any = "regwrap"
 """The key of our hooks: an integer id would be given out again in another process."""
 
@@ -93,16 +95,16 @@ EMPTY = Record()
 
 def read(module: nn.Module) -> Record:
     """What lies on the module."""
-    return module.__dict__.get(_KEY, EMPTY)  # type: ignore[no-any-return]
+    return module.__dict__.get(KEY, EMPTY)  # type: ignore[no-any-return]
 
 
 def write(module: nn.Module, record: Record) -> None:
     """Lays the record on the module; an empty one leaves nothing there."""
     # Through __dict__: a model may have a __setattr__ of its own.
     if record:
-        module.__dict__[_KEY] = record
+        module.__dict__[KEY] = record
     else:
-        module.__dict__.pop(_KEY, None)
+        module.__dict__.pop(KEY, None)
 
 
 def waiting(module: nn.Module, pending: Pending | None) -> Record:
@@ -225,7 +227,7 @@ class Census:
 
 def lift(module: nn.Module) -> dict[str, Any]:
     """Everything of ours that lies on one module, to be laid on its copy."""
-    own = {k: v for k, v in module.__dict__.items() if k.startswith(_KEY)}
+    own = {k: v for k, v in module.__dict__.items() if k.startswith(KEY)}
     hooks = {
         (d, key): fns[key]
         for d, fns in _hook_dicts(module)
@@ -238,6 +240,8 @@ def lift(module: nn.Module) -> dict[str, Any]:
 def lay(module: nn.Module, lifted: dict[str, Any]) -> None:
     """Lays on a module what `lift` took from another."""
     module.__dict__.update(lifted["own"])
+    if REDO in lifted["own"]:
+        lifted["own"][REDO](module)  # the other's weight came along as a plain one, or changed
     for (name, key), hook in lifted["hooks"].items():
         module.__dict__[name][key] = hook
 

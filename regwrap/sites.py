@@ -96,6 +96,13 @@ def is_fsdp1(module: nn.Module) -> bool:
     return fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel)
 
 
+def sharded(root: nn.Module) -> set[int]:
+    """The ids of all modules at and beneath a `fully_shard`."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    cls = getattr(fsdp, "FSDPModule", ())
+    return {id(m) for top in root.modules() if isinstance(top, cls) for m in top.modules()}
+
+
 def parameter_names(module: nn.Module) -> Iterator[str]:
     """The module's own parameters as its author named them.
 
@@ -122,7 +129,8 @@ def parametrized(module: nn.Module) -> Iterable[str]:
     )
 
 
-def _parametrization(module: nn.Module, name: str) -> nn.Module:
+def parametrization(module: nn.Module, name: str) -> nn.Module:
+    """The `ParametrizationList` of a parametrized tensor."""
     return module.get_submodule(f"parametrizations.{name}")
 
 
@@ -140,33 +148,57 @@ def _legacy(module: nn.Module) -> Iterator[tuple[str, Any]]:
             yield hook._tensor_name, hook
 
 
+def chain(module: nn.Module, name: str) -> list[nn.Module]:
+    """The parametrizations of a tensor, the first that is applied first; none of a plain one."""
+    if name not in parametrized(module):
+        return []
+    return list(parametrization(module, name)._modules.values())  # type: ignore[arg-type]
+
+
+def is_mask(term: nn.Module) -> bool:
+    """Whether a parametrization is a DropConnect of ours, beneath which lies the weight itself."""
+    return hasattr(term, "regwrap_mask")
+
+
+def is_product(term: nn.Module) -> bool:
+    """Whether a parametrization is our U * V."""
+    return hasattr(term, "regwrap_product")
+
+
+def is_ours(term: nn.Module) -> bool:
+    """Whether a parametrization was put there by a term."""
+    return is_mask(term) or is_product(term)
+
+
+def changed(module: nn.Module) -> set[tuple[str, bool]]:
+    """The tensors that terms have parametrized, each with whether it is by a mask."""
+    names = parametrized(module)
+    return {(name, is_mask(p)) for name in names for p in chain(module, name) if is_ours(p)}
+
+
 def plain(module: nn.Module, name: str) -> Tensor | None:
     """The parameter itself, also beneath a mask of ours; None for an effective weight."""
     own = module._parameters.get(name)
-    if own is None and name in parametrized(module):
-        inside = _parametrization(module, name)
-        if all(getattr(p, "regwrap_mask", False) for p in inside.children()):
-            return inside._parameters.get("original")
+    if own is None and name in parametrized(module) and all(map(is_mask, chain(module, name))):
+        return parametrization(module, name)._parameters.get("original")
     return own
-
-
-def is_ours(parametrization: nn.Module) -> bool:
-    """Whether a parametrization was put there by a term."""
-    return hasattr(parametrization, "regwrap_mask") or hasattr(parametrization, "regwrap_product")
 
 
 def is_factored(module: nn.Module, name: str) -> bool:
     """Whether a term has made the weight, or what another computes it from, a product U * V."""
-    if name not in parametrized(module):
-        return False
-    return any(hasattr(p, "regwrap_product") for p in _parametrization(module, name).modules())
+    return any(map(is_product, chain(module, name)))
+
+
+def factors(module: nn.Module, name: str) -> list[Tensor]:
+    """U and V of a factored weight."""
+    return [p for p in parametrization(module, name)._parameters.values() if p is not None]
 
 
 def is_foreign(module: nn.Module, name: str) -> bool:
     """Whether the site is computed from other parameters by somebody else's machinery."""
     if name not in parametrized(module):
         return is_effective(module, name)
-    return not all(map(is_ours, _parametrization(module, name).children()))
+    return not all(map(is_ours, chain(module, name)))
 
 
 def stored(module: nn.Module, name: str) -> list[Tensor]:
@@ -174,7 +206,7 @@ def stored(module: nn.Module, name: str) -> list[Tensor]:
     if (own := plain(module, name)) is not None:
         return [own]
     if name in parametrized(module):
-        return list(_parametrization(module, name).parameters())
+        return list(parametrization(module, name).parameters())
     ends = (f"{name}{end}" for end in ("_g", "_v", "_orig"))
     return [p for end in ends if (p := module._parameters.get(end)) is not None]
 
@@ -198,7 +230,7 @@ def read(module: nn.Module, name: str) -> Tensor | None:
 
 def _effective(module: nn.Module, name: str) -> Tensor:
     if name in parametrized(module):
-        return _in_eval(_parametrization(module, name))
+        return _in_eval(parametrization(module, name))
     hook = dict(_legacy(module))[name]
     if hasattr(hook, "apply_mask"):
         return hook.apply_mask(module)  # type: ignore[no-any-return]
@@ -207,12 +239,12 @@ def _effective(module: nn.Module, name: str) -> Tensor:
     return hook.compute_weight(module)  # type: ignore[no-any-return]
 
 
-def _in_eval(parametrization: nn.Module) -> Tensor:
-    training = [m for m in parametrization.modules() if m.training]
+def _in_eval(inside: nn.Module) -> Tensor:
+    training = [m for m in inside.modules() if m.training]
     try:
         for m in training:
             m.training = False
-        return parametrization()  # type: ignore[no-any-return]
+        return inside()  # type: ignore[no-any-return]
     finally:
         for m in training:
             m.training = True
