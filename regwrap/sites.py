@@ -189,6 +189,20 @@ def is_factored(module: nn.Module, name: str) -> bool:
     return any(map(is_product, chain(module, name)))
 
 
+def computed_from_several(module: nn.Module, name: str) -> bool:
+    """Whether another computes the weight from several tensors, as weight_norm does."""
+    if name not in parametrized(module) or is_factored(module, name):
+        return False
+    return len(parametrization(module, name)._parameters) > 1
+
+
+def comes_late(module: nn.Module, name: str) -> bool:
+    """Whether `parameters()` shows a tensor later once it is parametrized: in a child, the last."""
+    names = list(parameter_names(module))
+    children = (m for n, m in module._modules.items() if m is not None and not _is_machinery(n, m))
+    return names[-1] != name or any(True for m in children for _ in m.parameters())
+
+
 def factors(module: nn.Module, name: str) -> list[Tensor]:
     """U and V of a factored weight."""
     return [p for p in parametrization(module, name)._parameters.values() if p is not None]

@@ -49,8 +49,8 @@ def _check_sharded(survey: Survey, claims: Claims) -> None:
                     is_mask = isinstance(claim.term, DropConnect)
                     wanted.setdefault(id(module), set()).add((name, is_mask))
     for node in survey.firsts():
-        module = id(node.module)
-        if module in inside and sites.changed(node.module) != wanted.get(module, set()):
+        held = id(node.module)
+        if held in inside and sites.changed(node.module) != wanted.get(held, set()):
             raise PolicyError(
                 f"DropConnect and L1(..., solver='hadamard') cannot be put on or taken from "
                 f"{node.path!r} ({class_name(node.module)}), which fully_shard has sharded; "
@@ -70,7 +70,7 @@ def _check_parametrizable(survey: Survey, key: Key, claim: Claim, path: str) -> 
         why, way = "is lazy", "regularize after the first forward"
     elif isinstance(claim.term, L1) and len(survey.sites[key].paths) > 1:
         why, way = "is shared under several names", "use L1 without solver="
-    elif isinstance(claim.term, L1) and len(stored) > 1 and not sites.is_factored(module, name):
+    elif isinstance(claim.term, L1) and sites.computed_from_several(module, name):
         why, way = "is parametrized by several tensors", "use L1 without solver="
     else:
         return

@@ -7,7 +7,7 @@ shows the parametrization's names, which is the one stated exception to "nothing
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -74,7 +74,7 @@ def sync(module: nn.Module) -> None:
     """Gives the module the parametrizations that its record asks for, touching no others."""
     marks = [m for m in record.read(module).marks if m.mechanism == "parametrization"]
     masks = {m.site: m.term.p for m in marks if isinstance(m.term, DropConnect)}
-    products = {m.site for m in marks if isinstance(m.term, L1)}
+    products = [m.site for m in marks if isinstance(m.term, L1)]
     for name in list(sites.parametrized(module)):
         if name not in masks:
             _take_mask(module, name)
@@ -106,14 +106,31 @@ def _put_product(module: nn.Module, name: str) -> None:
     """The product goes beneath the parametrizations that are there already: W is what they see."""
     if sites.is_factored(module, name):
         return
-    own = sites.stored(module, name)[0]
     if name not in sites.parametrized(module):
         _put(module, name, Mask(0))
         _renumber(sites.parametrization(module, name), [])
     inside = sites.parametrization(module, name)
     _renumber(inside, [Product().train(module.training), *sites.chain(module, name)])
-    _store(inside, _split(own.detach()), own)
+    _factor(inside)
     _hook(inside, save_list, load_list)
+
+
+def _factor(inside: Any) -> None:
+    """Makes a list compute from U and V. U is the parameter itself, so that undo gives it back."""
+    own = inside._parameters.pop("original")
+    own.data, v = _split(own.detach())
+    other = nn.Parameter(v, requires_grad=own.requires_grad)
+    vars(other).update(vars(own))  # an author's mark, such as _no_weight_decay
+    inside._parameters.update(original0=own, original1=other)
+    inside.is_tensor, inside.ntensors = False, 2
+
+
+def _multiply(inside: Any) -> None:
+    """The inverse of `_factor`."""
+    own, other = (inside._parameters.pop(f"original{i}") for i in (0, 1))
+    own.data = (own * other).detach()
+    inside._parameters["original"] = own
+    inside.is_tensor, inside.ntensors = True, 1
 
 
 def _put(module: nn.Module, name: str, parametrization: nn.Module) -> None:
@@ -121,21 +138,22 @@ def _put(module: nn.Module, name: str, parametrization: nn.Module) -> None:
         module.__dict__[_ORDER] = tuple(module._parameters)
         module.__dict__[REDO] = sync
         _hook(module, save_plain, load_plain)
-    there: Any = name in sites.parametrized(module) and sites.parametrization(module, name)
-    unsafe = there and there.unsafe
+    there = name in sites.parametrized(module)
+    checked = not (there and sites.parametrization(module, name).unsafe)
     fresh = not parametrize.is_parametrized(module)
     # unsafe: the checks would read the weight, and with it draw a mask
     parametrize.register_parametrization(module, name, parametrization, unsafe=True)
-    if there:
-        there.unsafe = unsafe
     if fresh:
         _dress(module)
-    _hook(sites.parametrization(module, name), save_list, load_list)
+    inside: Any = sites.parametrization(module, name)
+    inside.unsafe = not checked
+    _hook(inside, save_list, load_list)
 
 
 def _hook(module: nn.Module, save: Callable[..., None], load: Callable[..., None]) -> None:
-    module._state_dict_hooks[_HOOK] = save
-    module._load_state_dict_pre_hooks[_HOOK] = _WrappedHook(load, module)
+    if _HOOK not in module._state_dict_hooks:
+        module._state_dict_hooks[_HOOK] = save
+        module._load_state_dict_pre_hooks[_HOOK] = _WrappedHook(load, module)
 
 
 def _unhook(module: nn.Module) -> None:
@@ -149,14 +167,9 @@ def _take_mask(module: nn.Module, name: str) -> None:
 
 
 def _take_product(module: nn.Module, name: str) -> None:
-    if not sites.is_factored(module, name):
-        return
-    inside = sites.parametrization(module, name)
-    u, v = inside._parameters.values()
-    assert u is not None
-    assert v is not None
-    _store(inside, [(u * v).detach()], u)
-    _take(module, name, sites.chain(module, name)[1:])
+    if sites.is_factored(module, name):
+        _multiply(sites.parametrization(module, name))
+        _take(module, name, sites.chain(module, name)[1:])
 
 
 def _take(module: nn.Module, name: str, kept: list[nn.Module]) -> None:
@@ -175,17 +188,6 @@ def _renumber(inside: nn.Module, chain: list[nn.Module]) -> None:
     """Makes this the chain of a list, which is read by number until one is missing."""
     inside._modules.clear()
     inside._modules.update({str(i): parametrization for i, parametrization in enumerate(chain)})
-
-
-def _store(inside: Any, tensors: Sequence[Tensor], like: Tensor) -> None:
-    """Makes these what a list computes from, in the manner of `ParametrizationList`."""
-    inside.is_tensor, inside.ntensors = len(tensors) == 1, len(tensors)
-    names = ["original"] if inside.is_tensor else [f"original{i}" for i in range(len(tensors))]
-    inside._parameters.clear()
-    for name, tensor in zip(names, tensors, strict=True):
-        parameter = nn.Parameter(tensor.detach(), requires_grad=like.requires_grad)
-        vars(parameter).update(vars(like))  # an author's mark, such as _no_weight_decay
-        inside._parameters[name] = parameter
 
 
 def _tidy(module: nn.Module) -> None:
@@ -261,7 +263,7 @@ def save_plain(
             metadata.pop(f"{inner}.{path}" if path else inner, None)
     if len(ours) == len(list(sites.parametrized(module))):
         metadata.pop(f"{prefix}parametrizations", None)
-    _put_first(state, prefix, [f"{prefix}{name}" for name in module.__dict__[_ORDER]])
+    _put_first(module, state, prefix, module.__dict__[_ORDER])
 
 
 def save_list(
@@ -271,10 +273,10 @@ def save_list(
     if _computes_product(inside):
         u, v = (state.pop(f"{prefix}{name}") for name in inside._parameters)
         state[f"{prefix}original"] = u * v
-        _put_first(state, prefix, [f"{prefix}original"])
+        _put_first(inside, state, prefix, ["original"])
     numbers = _numbers(inside)
     for held in (state, getattr(state, "_metadata", {})):
-        for old in [k for k in held if k.startswith(prefix)]:
+        for old in _last(held, prefix):
             number, dot, rest = old.removeprefix(prefix).partition(".")
             value = held.pop(old)
             if number not in inside._modules:
@@ -293,12 +295,22 @@ def _numbers(inside: nn.Module) -> dict[str, str]:
     return {number: str(i) for i, number in enumerate(others)}
 
 
-def _put_first(state: dict[str, Any], prefix: str, keys: list[str]) -> None:
-    """Moves these keys before all others of the module, which are the last in the state."""
-    own = list(itertools.takewhile(lambda key: key.startswith(prefix), reversed(state)))
-    mine = [key for key in keys if key in own]
-    for key in (*mine, *(k for k in reversed(own) if k not in mine)):
+def _put_first(module: nn.Module, state: dict[str, Any], prefix: str, names: Iterable[str]) -> None:
+    """Moves these before all else that the module has put into the state."""
+    known = {*names, *module._parameters, *module._buffers, *module._modules, "_extra_state"}
+    own = [key for key in _last(state, prefix) if _head(key, prefix) in known]
+    mine = [f"{prefix}{name}" for name in names if f"{prefix}{name}" in state]
+    for key in (*mine, *(k for k in own if k not in mine)):
         state[key] = state.pop(key)
+
+
+def _last(held: dict[str, Any], prefix: str) -> list[str]:
+    """The keys of a module whose turn it is: they are the last ones."""
+    return list(itertools.takewhile(lambda key: key.startswith(prefix), reversed(held)))[::-1]
+
+
+def _head(key: str, prefix: str) -> str:
+    return key.removeprefix(prefix).partition(".")[0]
 
 
 def load_plain(
