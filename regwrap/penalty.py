@@ -51,14 +51,14 @@ def penalties(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _first_names(root: nn.Module) -> dict[int, str]:
-    """The path of every parameter, of a tied one its first."""
-    found: dict[int, str] = {}
-    for path, module in root.named_modules():
-        for name in sites.parameter_names(module):
-            own = sites.plain(module, name)
+    """Of every parameter its first name; without those inside parametrizations, no sites."""
+    names: dict[int, str] = {}
+    for node in sites.nodes(root):
+        for name in sites.parameter_names(node.module):
+            own = sites.plain(node.module, name)
             if own is not None:
-                found.setdefault(id(own), f"{path}.{name}" if path else name)
-    return found
+                names.setdefault(id(own), f"{node.path}.{name}" if node.path else name)
+    return names
 
 
 def _total(values: Iterable[Tensor]) -> Tensor | None:
