@@ -201,6 +201,7 @@ def _notice_lost(root: nn.Module, found: list[nn.Module]) -> None:
 def settled(model: nn.Module) -> nn.Module:
     """The module inside a wrapper, with the rules that waited for its layers carried out."""
     root = sites.unwrap(model)
+    sites.refuse_fsdp1(root)
     settle(root)
     return root
 

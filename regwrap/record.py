@@ -51,14 +51,28 @@ class Reference:
 
     def beside(self, w: Tensor) -> Tensor:
         """The values where `w` is, distributed as `w` is."""
-        if hasattr(w, "placements") and not hasattr(self.tensor, "placements"):
-            from torch.distributed.tensor import distribute_tensor
-
-            mesh = w.device_mesh  # type: ignore[attr-defined]
-            self.tensor = distribute_tensor(self.tensor.to(w.device), mesh, w.placements)
-        elif self.tensor.device != w.device:
+        if spread_alike(self.tensor, w):
             self.tensor = self.tensor.to(w.device)
+        elif hasattr(w, "placements"):
+            self.tensor = spread(self.tensor, w)
+        else:  # FSDP2 has the whole of `w` here for now; the reference stays in shards
+            return self.tensor.full_tensor()  # type: ignore[attr-defined, no-any-return]
         return self.tensor
+
+
+def spread_alike(tensor: Tensor, like: Tensor) -> bool:
+    """Whether both are plain tensors, or lie on the ranks in the same way."""
+    placed = (getattr(t, "placements", None) for t in (tensor, like))
+    meshes = (getattr(t, "device_mesh", None) for t in (tensor, like))
+    return len({*placed}) == 1 and len({*meshes}) == 1
+
+
+def spread(tensor: Tensor, like: Any) -> Tensor:
+    """The tensor, whole or in shards, as `like` lies on the ranks."""
+    from torch.distributed.tensor import distribute_tensor
+
+    whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements)
 
 
 @dataclass(frozen=True)

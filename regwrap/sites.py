@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+from regwrap.errors import PolicyError
+
 _NORM_NAME = re.compile(r"norm(alization)?(act|gated)?(\dd)?$", re.IGNORECASE)
 _NORM_TYPES = (
     nn.modules.batchnorm._NormBase,
@@ -94,6 +96,20 @@ def is_fsdp1(module: nn.Module) -> bool:
     """Whether the module is a wrapper of the first FSDP, which flattens parameters."""
     fsdp = sys.modules.get("torch.distributed.fsdp.fully_sharded_data_parallel")
     return fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel)
+
+
+def refuse_fsdp1(root: nn.Module) -> None:
+    """Raises a PolicyError where the first FSDP is at or beneath the root."""
+    if "torch.distributed.fsdp.fully_sharded_data_parallel" not in sys.modules:
+        return
+    for path, module in root.named_modules():
+        # its wrapper, or asked through the wrapper the module inside, which holds the flat one
+        if is_fsdp1(module) or hasattr(module, "_flat_param"):
+            at = f" at {path!r}" if path else ""
+            raise PolicyError(
+                f"FullyShardedDataParallel{at} flattens parameters, so that a penalty would see "
+                "one shard only; wrap the model with torch.distributed.fsdp.fully_shard instead."
+            )
 
 
 def sharded(root: nn.Module) -> set[int]:

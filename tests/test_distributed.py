@@ -386,7 +386,7 @@ def fsdp1_is_refused_by_name(rank: int, world: int) -> None:
             act(model, L2(0.1))
         with pytest.raises(rw.PolicyError, match="FullyShardedDataParallel at '0' flattens"):
             act(inside, L2(0.1))
-    for read in (rw.reg_loss, rw.penalties):
+    for read in (rw.reg_loss, rw.penalties, lambda m: rw.reg_loss(m.module), lambda m: m.reg_loss):
         with pytest.raises(rw.PolicyError, match=re.escape(message)):
             read(late)
 

@@ -118,7 +118,8 @@ def _put_product(module: nn.Module, name: str) -> None:
 def _factor(inside: Any) -> None:
     """Makes a list compute from U and V. U is the parameter itself, so that undo gives it back."""
     own = inside._parameters.pop("original")
-    own.data, v = _split(own.detach())
+    u, v = _split(own.detach())
+    _set(own, u)
     other = nn.Parameter(v, requires_grad=own.requires_grad)
     vars(other).update(vars(own))  # an author's mark, such as _no_weight_decay
     inside._parameters.update(original0=own, original1=other)
@@ -128,9 +129,18 @@ def _factor(inside: Any) -> None:
 def _multiply(inside: Any) -> None:
     """The inverse of `_factor`."""
     own, other = (inside._parameters.pop(f"original{i}") for i in (0, 1))
-    own.data = (own * other).detach()
+    _set(own, (own * other).detach())
     inside._parameters["original"] = own
     inside.is_tensor, inside.ntensors = True, 1
+
+
+def _set(parameter: nn.Parameter, value: Tensor) -> None:
+    """Gives a parameter other values, and leaves what else looks at its old ones alone."""
+    if type(parameter.data) is Tensor:
+        parameter.data = value
+    else:  # of a DTensor, .data changes the wrapper and not the shard
+        with torch.no_grad():
+            parameter.copy_(value)
 
 
 def _put(module: nn.Module, name: str, parametrization: nn.Module) -> None:
@@ -326,7 +336,11 @@ def load_plain(
     for name in _only_ours(module):
         inner = f"{prefix}parametrizations.{name}."
         if f"{prefix}{name}" in state:
-            state[f"{inner}original"] = state.pop(f"{prefix}{name}")
+            whole = state.pop(f"{prefix}{name}")
+            # torch.distributed.checkpoint spreads what it finds under named_parameters' names
+            own = sites.stored(module, name)[0]
+            late = hasattr(own, "placements") and not hasattr(whole, "placements")
+            state[f"{inner}original"] = record.spread(whole, own) if late else whole
         else:
             _leave(sites.parametrization(module, name), state, inner, missing, f"{prefix}{name}")
 
