@@ -179,7 +179,8 @@ def _look(path: str, module: nn.Module, mark: Mark, reference: Reference | None)
     if tensor is None:
         return None
     called = getattr(mark.term, "when", "always") == "always" or (seen is not None and seen.called)
-    factors = stored if mark.mechanism == "parametrization" else []
+    factored = mark.mechanism == "parametrization" and sites.is_factored(module, mark.site)
+    factors = sites.factors(module, mark.site) if factored else []
     counts = counts and called
     return Live(full, mark.term, tensor, factors, reference, counts=counts)
 
@@ -205,6 +206,7 @@ def _notice_lost(root: nn.Module, found: list[nn.Module]) -> None:
 def settled(model: nn.Module) -> nn.Module:
     """The module inside a wrapper, with the rules that waited for its layers carried out."""
     root = sites.unwrap(model)
+    sites.refuse_fsdp1(root)
     settle(root)
     return root
 

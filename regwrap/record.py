@@ -15,7 +15,9 @@ from regwrap import table
 from regwrap.terms import Term
 from regwrap.where import shown
 
-_KEY = "_regwrap"
+KEY = "_regwrap"
+REDO = "_regwrap_redo"
+"""Where a module whose weight we have changed keeps the function that changes it anew."""
 HOOK: Any = "regwrap"
 """The key of our hooks: an integer id would be given out again in another process."""
 
@@ -58,14 +60,28 @@ class Reference:
 
     def beside(self, w: Tensor) -> Tensor:
         """The values where `w` is, distributed as `w` is."""
-        if hasattr(w, "placements") and not hasattr(self.tensor, "placements"):
-            from torch.distributed.tensor import distribute_tensor
-
-            mesh = w.device_mesh  # type: ignore[attr-defined]
-            self.tensor = distribute_tensor(self.tensor.to(w.device), mesh, w.placements)
-        elif self.tensor.device != w.device:
+        if spread_alike(self.tensor, w):
             self.tensor = self.tensor.to(w.device)
+        elif hasattr(w, "placements"):
+            self.tensor = spread(self.tensor, w)
+        else:  # FSDP2 has the whole of `w` here for now; the reference stays in shards
+            return self.tensor.full_tensor()  # type: ignore[attr-defined, no-any-return]
         return self.tensor
+
+
+def spread_alike(tensor: Tensor, like: Tensor) -> bool:
+    """Whether both are plain tensors, or lie on the ranks in the same way."""
+    placed = (getattr(t, "placements", None) for t in (tensor, like))
+    meshes = (getattr(t, "device_mesh", None) for t in (tensor, like))
+    return len({*placed}) == 1 and len({*meshes}) == 1
+
+
+def spread(tensor: Tensor, like: Any) -> Tensor:
+    """The tensor, whole or in shards, as `like` lies on the ranks."""
+    from torch.distributed.tensor import distribute_tensor
+
+    whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements)
 
 
 @dataclass(frozen=True)
@@ -103,16 +119,16 @@ EMPTY = Record()
 
 def read(module: nn.Module) -> Record:
     """What lies on the module."""
-    return module.__dict__.get(_KEY, EMPTY)  # type: ignore[no-any-return]
+    return module.__dict__.get(KEY, EMPTY)  # type: ignore[no-any-return]
 
 
 def write(module: nn.Module, record: Record) -> None:
     """Lays the record on the module; an empty one leaves nothing there."""
     # Through __dict__: a model may have a __setattr__ of its own.
     if record:
-        module.__dict__[_KEY] = record
+        module.__dict__[KEY] = record
     else:
-        module.__dict__.pop(_KEY, None)
+        module.__dict__.pop(KEY, None)
 
 
 def waiting(module: nn.Module, pending: Pending | None) -> Record:
@@ -239,7 +255,7 @@ class Census:
 
 def lift(module: nn.Module) -> dict[str, Any]:
     """Everything of ours that lies on one module, to be laid on its copy."""
-    own = {k: v for k, v in module.__dict__.items() if k.startswith(_KEY)}
+    own = {k: v for k, v in module.__dict__.items() if k.startswith(KEY)}
     hooks = {
         (d, key): fns[key]
         for d, fns in _hook_dicts(module)
@@ -252,6 +268,8 @@ def lift(module: nn.Module) -> dict[str, Any]:
 def lay(module: nn.Module, lifted: dict[str, Any]) -> None:
     """Lays on a module what `lift` took from another."""
     module.__dict__.update(lifted["own"])
+    if REDO in lifted["own"]:
+        lifted["own"][REDO](module)  # the other's weight came along as a plain one, or changed
     for (name, key), hook in lifted["hooks"].items():
         module.__dict__[name][key] = hook
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
-from regwrap.errors import brief
+from regwrap.errors import PolicyError, brief
 
 T = TypeVar("T")
 
@@ -134,6 +134,27 @@ def _get(held: Mapping[str, T | None], name: str) -> T | None:
     return held[name] if name in held else None  # noqa: SIM401 a ScriptModule's knows no get()
 
 
+def refuse_fsdp1(root: nn.Module) -> None:
+    """Raises a PolicyError where the first FSDP is at or beneath the root."""
+    if "torch.distributed.fsdp.fully_sharded_data_parallel" not in sys.modules:
+        return
+    for path, module in root.named_modules():
+        # its wrapper, or asked through the wrapper the module inside, which holds the flat one
+        if is_fsdp1(module) or hasattr(module, "_flat_param"):
+            at = f" at {path!r}" if path else ""
+            raise PolicyError(
+                f"FullyShardedDataParallel{at} flattens parameters, so that a penalty would see "
+                "one shard only; wrap the model with torch.distributed.fsdp.fully_shard instead."
+            )
+
+
+def sharded(root: nn.Module) -> set[int]:
+    """The ids of all modules at and beneath a `fully_shard`."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    cls = getattr(fsdp, "FSDPModule", ())
+    return {id(m) for top in root.modules() if isinstance(top, cls) for m in top.modules()}
+
+
 def parameter_names(module: nn.Module) -> Iterator[str]:
     """The module's own parameters as its author named them.
 
@@ -160,7 +181,8 @@ def parametrized(module: nn.Module) -> Iterable[str]:
     )
 
 
-def _parametrization(module: nn.Module, name: str) -> nn.Module:
+def parametrization(module: nn.Module, name: str) -> nn.Module:
+    """The `ParametrizationList` of a parametrized tensor."""
     return module.get_submodule(f"parametrizations.{name}")
 
 
@@ -178,33 +200,71 @@ def _legacy(module: nn.Module) -> Iterator[tuple[str, Any]]:
             yield hook._tensor_name, hook
 
 
+def chain(module: nn.Module, name: str) -> list[nn.Module]:
+    """The parametrizations of a tensor, the first that is applied first; none of a plain one."""
+    if name not in parametrized(module):
+        return []
+    return list(parametrization(module, name)._modules.values())  # type: ignore[arg-type]
+
+
+def is_mask(term: nn.Module) -> bool:
+    """Whether a parametrization is a DropConnect of ours, beneath which lies the weight itself."""
+    return hasattr(term, "regwrap_mask")
+
+
+def is_product(term: nn.Module) -> bool:
+    """Whether a parametrization is our U * V."""
+    return hasattr(term, "regwrap_product")
+
+
+def is_ours(term: nn.Module) -> bool:
+    """Whether a parametrization was put there by a term."""
+    return is_mask(term) or is_product(term)
+
+
+def changed(module: nn.Module) -> set[tuple[str, bool]]:
+    """The tensors that terms have parametrized, each with whether it is by a mask."""
+    names = parametrized(module)
+    return {(name, is_mask(p)) for name in names for p in chain(module, name) if is_ours(p)}
+
+
 def plain(module: nn.Module, name: str) -> Tensor | None:
     """The parameter itself, also beneath a mask of ours; None for an effective weight."""
     found = own(module, name)
-    if found is None and name in parametrized(module):
-        inside = _parametrization(module, name)
-        if all(getattr(p, "regwrap_mask", False) for p in inside.children()):
-            return own(inside, "original")
+    if found is None and name in parametrized(module) and all(map(is_mask, chain(module, name))):
+        return own(parametrization(module, name), "original")
     return found
-
-
-def is_ours(parametrization: nn.Module) -> bool:
-    """Whether a parametrization was put there by a term."""
-    return hasattr(parametrization, "regwrap_mask") or hasattr(parametrization, "regwrap_product")
 
 
 def is_factored(module: nn.Module, name: str) -> bool:
     """Whether a term has made the weight, or what another computes it from, a product U * V."""
-    if name not in parametrized(module):
+    return any(map(is_product, chain(module, name)))
+
+
+def computed_from_several(module: nn.Module, name: str) -> bool:
+    """Whether another computes the weight from several tensors, as weight_norm does."""
+    if name not in parametrized(module) or is_factored(module, name):
         return False
-    return any(hasattr(p, "regwrap_product") for p in _parametrization(module, name).modules())
+    return len(parametrization(module, name)._parameters) > 1
+
+
+def comes_late(module: nn.Module, name: str) -> bool:
+    """Whether `parameters()` shows a tensor later once it is parametrized: in a child, the last."""
+    names = list(parameter_names(module))
+    children = (m for n, m in module._modules.items() if m is not None and not _is_machinery(n, m))
+    return names[-1] != name or any(True for m in children for _ in m.parameters())
+
+
+def factors(module: nn.Module, name: str) -> list[Tensor]:
+    """U and V of a factored weight."""
+    return [p for p in parametrization(module, name)._parameters.values() if p is not None]
 
 
 def is_foreign(module: nn.Module, name: str) -> bool:
     """Whether the site is computed from other parameters by somebody else's machinery."""
     if name not in parametrized(module):
         return is_effective(module, name)
-    return not all(map(is_ours, _parametrization(module, name).children()))
+    return not all(map(is_ours, chain(module, name)))
 
 
 def stored(module: nn.Module, name: str) -> list[Tensor]:
@@ -212,7 +272,7 @@ def stored(module: nn.Module, name: str) -> list[Tensor]:
     if (parameter := plain(module, name)) is not None:
         return [parameter]
     if name in parametrized(module):
-        return list(_parametrization(module, name).parameters())
+        return list(parametrization(module, name).parameters())
     ends = (f"{name}{end}" for end in ("_g", "_v", "_orig"))
     return [p for end in ends if (p := own(module, end)) is not None]
 
@@ -237,7 +297,7 @@ def read(module: nn.Module, name: str) -> Tensor | None:
 
 def _effective(module: nn.Module, name: str) -> Tensor:
     if name in parametrized(module):
-        return _in_eval(_parametrization(module, name))
+        return _in_eval(parametrization(module, name))
     hook = dict(_legacy(module))[name]
     if hasattr(hook, "apply_mask"):
         return hook.apply_mask(module)  # type: ignore[no-any-return]
@@ -246,12 +306,12 @@ def _effective(module: nn.Module, name: str) -> Tensor:
     return hook.compute_weight(module)  # type: ignore[no-any-return]
 
 
-def _in_eval(parametrization: nn.Module) -> Tensor:
-    training = [m for m in parametrization.modules() if m.training]
+def _in_eval(inside: nn.Module) -> Tensor:
+    training = [m for m in inside.modules() if m.training]
     try:
         for m in training:
             m.training = False
-        return parametrization()  # type: ignore[no-any-return]
+        return inside()  # type: ignore[no-any-return]
     finally:
         for m in training:
             m.training = True

@@ -12,7 +12,7 @@ from regwrap.errors import PolicyError
 from regwrap.planning.claims import Claim, Claims
 from regwrap.planning.survey import Key, Survey, class_name
 from regwrap.record import Rule
-from regwrap.terms import L1, L2SP, Dropout, GroupLasso, Orthogonal
+from regwrap.terms import L1, L2SP, DropConnect, Dropout, GroupLasso, Orthogonal
 from regwrap.where import shown
 
 
@@ -39,18 +39,42 @@ def check(survey: Survey, claims: Claims) -> None:
                 _check_parametrizable(survey, key, claim, path)
             if isinstance(claim.term, GroupLasso | Orthogonal):
                 _check_shape(claim, claim.term, path, sites.shape(module, name))
+    _check_sharded(survey, claims)
+
+
+def _check_sharded(survey: Survey, claims: Claims) -> None:
+    """Under fully_shard no parameter may move: FSDP2 keeps it by its module and name."""
+    inside = sites.sharded(survey.model)
+    wanted: dict[int, set[tuple[str, bool]]] = {}
+    for families in claims.held.values():
+        for claim in families.values():
+            if claim.mechanism == "parametrization":
+                for module, name in claim.owners:
+                    is_mask = isinstance(claim.term, DropConnect)
+                    wanted.setdefault(id(module), set()).add((name, is_mask))
+    for node in survey.firsts():
+        held = id(node.module)
+        if held in inside and sites.changed(node.module) != wanted.get(held, set()):
+            raise PolicyError(
+                f"DropConnect and L1(..., solver='hadamard') cannot be put on or taken from "
+                f"{node.path!r} ({class_name(node.module)}), which fully_shard has sharded; "
+                "regularize the model before fully_shard."
+            )
 
 
 def _check_parametrizable(survey: Survey, key: Key, claim: Claim, path: str) -> None:
     module, name = claim.owners[0]
     stored = sites.stored(module, name)
-    if isinstance(module, nn.RNNBase):
+    if sites.is_effective(module, name) and name not in sites.parametrized(module):
+        why = "is computed in a hook by the old weight_norm, spectral_norm or prune"
+        way = "use torch.nn.utils.parametrizations, or make it permanent, first"
+    elif isinstance(module, nn.RNNBase):
         why, way = f"{class_name(module)} keeps in a list of its own", "penalise it by L1 or L2"
     elif any(sites.is_lazy(t) for t in stored):
         why, way = "is lazy", "regularize after the first forward"
     elif isinstance(claim.term, L1) and len(survey.sites[key].paths) > 1:
         why, way = "is shared under several names", "use L1 without solver="
-    elif isinstance(claim.term, L1) and len(stored) > 1 and not sites.is_factored(module, name):
+    elif isinstance(claim.term, L1) and sites.computed_from_several(module, name):
         why, way = "is parametrized by several tensors", "use L1 without solver="
     else:
         return

@@ -135,6 +135,8 @@ def _note(survey: Survey, node: Node, site: Site | None, claim: Claim) -> str:
         told.append("frozen: does not count")
     if claim.mechanism is None:
         told.append(_idle(survey, node))
+    if claim.mechanism == "parametrization" and sites.comes_late(module, name):
+        told.append("in parameters() it comes after the layer's others")
     if getattr(module, "sparse", False) is True and claim.mechanism == "direct":
         told.append("its sparse gradient becomes dense")
     return "; ".join(told)

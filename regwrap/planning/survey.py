@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from regwrap import graph, sites
-from regwrap.errors import PolicyError
 from regwrap.sites import Node
 
 Key = tuple[object, ...]
@@ -39,6 +38,7 @@ class Survey:
     """One look at a model: its modules, its sites, what its author marks."""
 
     def __init__(self, model: nn.Module) -> None:
+        sites.refuse_fsdp1(model)
         self.model = model
         self.tree = sites.nodes(model)
         self.sites: dict[Key, Site] = {}
@@ -46,8 +46,6 @@ class Survey:
         self.names: dict[int, list[str]] = {}
         for node in self.tree:
             self.names.setdefault(id(node.module), []).append(node.path)
-            if sites.is_fsdp1(node.module):
-                raise PolicyError(_FSDP1.format(where=_at(node.path)))
             self._add(node)
         # a tied weight is spared whichever of its names the author gave
         self.marked = {self.keys[i][name] for i, name in sites.author_marks(self.tree)}
@@ -109,12 +107,6 @@ class Survey:
         return not marked and sites.is_plain(module, name, _dims(module, name))
 
 
-_FSDP1 = (
-    "FullyShardedDataParallel{where} flattens parameters, so that a penalty would see one shard "
-    "only; wrap the model with torch.distributed.fsdp.fully_shard instead."
-)
-
-
 def _key(module: nn.Module, name: str) -> Key:
     own = sites.plain(module, name)
     return ("parameter", id(own)) if own is not None else ("effective", id(module), name)
@@ -123,10 +115,6 @@ def _key(module: nn.Module, name: str) -> Key:
 def join(path: str, name: str) -> str:
     """The dotted path of a name beneath a path."""
     return f"{path}.{name}" if path else name
-
-
-def _at(path: str) -> str:
-    return f" at {path!r}" if path else ""
 
 
 def _dims(module: nn.Module, name: str) -> int:

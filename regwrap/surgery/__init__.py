@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from regwrap import identity, planning, record, sites
-from regwrap.errors import RegwrapWarning
+from regwrap.errors import PolicyError, RegwrapWarning
 from regwrap.penalty import RegularizedMixin, warn_of_own_reg_loss
 from regwrap.planning import Claim, Draft, Key
 from regwrap.planning.survey import Survey
@@ -28,6 +28,8 @@ def apply(root: nn.Module, draft: Draft) -> None:
         _write(root, draft)
     except BaseException:
         for module, lifted in before:
+            record.write(module, lifted.get("own", {}).get(record.KEY, record.EMPTY))
+            weight.sync(module)
             record.strip(module)
             if lifted:
                 record.lay(module, lifted)
@@ -142,6 +144,14 @@ def _owns_reg_loss(root: nn.Module) -> bool:
 def revert(root: nn.Module) -> None:
     """Takes back everything at and beneath the module, on copies of a model too."""
     changed = False
+    sharded = sites.sharded(root)
+    for path, module in root.named_modules():
+        if id(module) in sharded and sites.changed(module):
+            raise PolicyError(
+                f"DropConnect and L1(..., solver='hadamard') cannot be taken from {path!r} "
+                f"({type(module).__name__}), which fully_shard has sharded; load its state_dict, "
+                "whose keys are plain, into a model without them."
+            )
     for module in list(root.modules()):
         weight.revert(module)
         rates.revert(module)

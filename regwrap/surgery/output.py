@@ -194,7 +194,8 @@ def _penalties(module: nn.Module, output: Any) -> Values:
     """Summed over the features, averaged over the batch, as Keras does."""
     found = []
     for term in _output_terms(module):
-        tensor = _selected(module, output, term.select)
+        # a clone: the layer's output is what a ReLU(inplace=True) behind it overwrites
+        tensor = _selected(module, output, term.select).clone()
         batch = tensor.shape[0] if tensor.dim() else 1
         found.append((term.family, term.value(tensor) / max(batch, 1)))
     return found

@@ -6,20 +6,24 @@ shows the parametrization's names, which is the one stated exception to "nothing
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _WrappedHook
 from torch.nn.utils import parametrize
 
 from regwrap import identity, record, sites
 from regwrap.penalty import RegularizedMixin
-from regwrap.record import HOOK
+from regwrap.record import HOOK, REDO
 from regwrap.terms import L1, DropConnect
 
 _ORDER = sites.ORDER
 _LOOKS = ("__name__", "__qualname__", "__module__", "__doc__")
+_HOOK: Any = HOOK  # Any: torch's annotations know integer keys only
 _HALF = 0.5  # (w / c) * c is w bit for bit only for powers of two; FACTS say 0.3 to 1 trains well
 
 
@@ -34,7 +38,16 @@ class Mask(nn.Module):
 
     def forward(self, w: Tensor) -> Tensor:
         """W * mask / (1 - p)."""
+        if w.is_complex():  # torch has no complex dropout
+            return w * F.dropout(torch.ones_like(w.real), self.p, self.training)
         return F.dropout(w, self.p, self.training)
+
+    def right_inverse(self, w: Tensor) -> Tensor:
+        """Refused: what functional_call puts back after a call is what it read, a masked weight."""
+        raise NotImplementedError(
+            "A weight under DropConnect cannot be assigned by its own name; assign (and name in "
+            "functional_call) parametrizations.<name>.original, or unregularize first."
+        )
 
 
 class Product(nn.Module):
@@ -58,18 +71,19 @@ class Product(nn.Module):
 
 
 def sync(module: nn.Module) -> None:
-    """Gives the module the parametrizations that its record asks for."""
+    """Gives the module the parametrizations that its record asks for, touching no others."""
     marks = [m for m in record.read(module).marks if m.mechanism == "parametrization"]
     masks = {m.site: m.term.p for m in marks if isinstance(m.term, DropConnect)}
-    products = {m.site for m in marks if isinstance(m.term, L1)}
+    products = [m.site for m in marks if isinstance(m.term, L1)]
     for name in list(sites.parametrized(module)):
-        _take_mask(module, name)
+        if name not in masks:
+            _take_mask(module, name)
         if name not in products:
             _take_product(module, name)
     for name in products:
         _put_product(module, name)
     for name, p in masks.items():
-        _put(module, name, Mask(p))
+        _put_mask(module, name, p)
     _tidy(module)
 
 
@@ -81,86 +95,124 @@ def revert(module: nn.Module) -> None:
     _tidy(module)
 
 
+def _put_mask(module: nn.Module, name: str, p: float) -> None:
+    for mask in filter(sites.is_mask, sites.chain(module, name)):
+        mask.p = p  # type: ignore[assignment]
+        return
+    _put(module, name, Mask(p))
+
+
+def _put_product(module: nn.Module, name: str) -> None:
+    """The product goes beneath the parametrizations that are there already: W is what they see."""
+    if sites.is_factored(module, name):
+        return
+    if name not in sites.parametrized(module):
+        _put(module, name, Mask(0))
+        _renumber(sites.parametrization(module, name), [])
+    inside = sites.parametrization(module, name)
+    _renumber(inside, [Product().train(module.training), *sites.chain(module, name)])
+    _factor(inside)
+    _hook(inside, save_list, load_list)
+
+
+def _factor(inside: Any) -> None:
+    """Makes a list compute from U and V. U is the parameter itself, so that undo gives it back."""
+    own = inside._parameters.pop("original")
+    u, v = _split(own.detach())
+    _set(own, u)
+    other = nn.Parameter(v, requires_grad=own.requires_grad)
+    vars(other).update(vars(own))  # an author's mark, such as _no_weight_decay
+    inside._parameters.update(original0=own, original1=other)
+    inside.is_tensor, inside.ntensors = False, 2
+
+
+def _multiply(inside: Any) -> None:
+    """The inverse of `_factor`."""
+    own, other = (inside._parameters.pop(f"original{i}") for i in (0, 1))
+    _set(own, (own * other).detach())
+    inside._parameters["original"] = own
+    inside.is_tensor, inside.ntensors = True, 1
+
+
+def _set(parameter: nn.Parameter, value: Tensor) -> None:
+    """Gives a parameter other values, and leaves what else looks at its old ones alone."""
+    if type(parameter.data) is Tensor:
+        parameter.data = value
+    else:  # of a DTensor, .data changes the wrapper and not the shard
+        with torch.no_grad():
+            parameter.copy_(value)
+
+
 def _put(module: nn.Module, name: str, parametrization: nn.Module) -> None:
-    fresh = not parametrize.is_parametrized(module)
-    if fresh:
+    if _HOOK not in module._state_dict_hooks:
         module.__dict__[_ORDER] = tuple(module._parameters)
+        module.__dict__[REDO] = sync
+        _hook(module, save_plain, load_plain)
+    there = name in sites.parametrized(module)
+    checked = not (there and sites.parametrization(module, name).unsafe)
+    fresh = not parametrize.is_parametrized(module)
     # unsafe: the checks would read the weight, and with it draw a mask
     parametrize.register_parametrization(module, name, parametrization, unsafe=True)
     if fresh:
         _dress(module)
-        hook: Any = HOOK
-        module._state_dict_hooks[hook] = save_plain
-        module._load_state_dict_pre_hooks[hook] = nn.modules.module._WrappedHook(load_plain, module)
+    inside: Any = sites.parametrization(module, name)
+    inside.unsafe = not checked
+    _hook(inside, save_list, load_list)
 
 
-def _put_product(module: nn.Module, name: str) -> None:
-    """The product goes beneath a parametrization that is there already."""
-    if any(_is_product(p) for p in _chain(module, name)) or _beneath(module, name) is not None:
-        return
-    if name in sites.parametrized(module):
-        inside = module.get_submodule(f"parametrizations.{name}")
-        _put(inside, "original", Product())
-    else:
-        _put(module, name, Product())
+def _hook(module: nn.Module, save: Callable[..., None], load: Callable[..., None]) -> None:
+    if _HOOK not in module._state_dict_hooks:
+        module._state_dict_hooks[_HOOK] = save
+        module._load_state_dict_pre_hooks[_HOOK] = _WrappedHook(load, module)
 
 
-def _beneath(module: nn.Module, name: str) -> nn.Module | None:
-    """The list of another's parametrizations whose original is our product."""
-    if name not in sites.parametrized(module):
-        return None
-    inside = module.get_submodule(f"parametrizations.{name}")
-    return inside if any(_is_product(p) for p in _chain(inside, "original")) else None
-
-
-def _chain(module: nn.Module, name: str) -> list[nn.Module]:
-    if name not in sites.parametrized(module):
-        return []
-    return list(module.get_submodule(f"parametrizations.{name}").children())
-
-
-def _is_product(parametrization: nn.Module) -> bool:
-    return getattr(parametrization, "regwrap_product", False)
+def _unhook(module: nn.Module) -> None:
+    module._state_dict_hooks.pop(_HOOK, None)
+    module._load_state_dict_pre_hooks.pop(_HOOK, None)
 
 
 def _take_mask(module: nn.Module, name: str) -> None:
-    chain = _chain(module, name)
-    kept = [p for p in chain if not getattr(p, "regwrap_mask", False)]
-    if len(kept) == len(chain):
-        return
-    if not kept:
-        parametrize.remove_parametrizations(module, name, leave_parametrized=False)
-        return
-    inside = module.get_submodule(f"parametrizations.{name}")
-    for key in [k for k, p in inside._modules.items() if getattr(p, "regwrap_mask", False)]:
-        del inside._modules[key]
+    chain = sites.chain(module, name)
+    _take(module, name, [p for p in chain if not sites.is_mask(p)])
 
 
 def _take_product(module: nn.Module, name: str) -> None:
-    inside = _beneath(module, name)
-    if inside is not None:
-        _take_product(inside, "original")
-        _tidy(inside)
-    elif any(map(_is_product, _chain(module, name))):
-        learns = any(p.requires_grad for p in sites.stored(module, name))
-        with torch.no_grad():
-            effective = getattr(module, name)
-        parametrize.remove_parametrizations(module, name, leave_parametrized=True)
-        module._parameters[name] = nn.Parameter(effective, requires_grad=learns)
-        module.__dict__.pop(name, None)
+    if sites.is_factored(module, name):
+        _multiply(sites.parametrization(module, name))
+        _take(module, name, sites.chain(module, name)[1:])
+
+
+def _take(module: nn.Module, name: str, kept: list[nn.Module]) -> None:
+    """Leaves these of a tensor's parametrizations."""
+    if len(kept) == len(sites.chain(module, name)):
+        return
+    inside = sites.parametrization(module, name)
+    _renumber(inside, kept)
+    if not any(map(sites.is_ours, kept)):
+        _unhook(inside)
+    if not kept:
+        parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+
+
+def _renumber(inside: nn.Module, chain: list[nn.Module]) -> None:
+    """Makes this the chain of a list, which is read by number until one is missing."""
+    inside._modules.clear()
+    inside._modules.update({str(i): parametrization for i, parametrization in enumerate(chain)})
 
 
 def _tidy(module: nn.Module) -> None:
     """Puts the parameters back in their order, and takes the hooks when nothing is left."""
-    if _ORDER not in module.__dict__ or any(True for _ in sites.parametrized(module)):
+    chains = (sites.chain(module, name) for name in sites.parametrized(module))
+    if _ORDER not in module.__dict__ or any(map(sites.is_ours, itertools.chain(*chains))):
         return
+    module.__dict__.pop(REDO)
     order = {name: i for i, name in enumerate(module.__dict__.pop(_ORDER))}
     ranked = sorted(module._parameters.items(), key=lambda item: order.get(item[0], len(order)))
     module._parameters.clear()
     module._parameters.update(ranked)
-    hook: Any = HOOK
-    module._state_dict_hooks.pop(hook, None)
-    module._load_state_dict_pre_hooks.pop(hook, None)
+    _unhook(module)
+    if identity.PARAMETRIZED in type(module).__dict__:  # another's came later and is left
+        _undress(module)
 
 
 # --- the layer's class: its own name, its own pickle ---------------------------------------------
@@ -176,6 +228,15 @@ def _dress(module: nn.Module) -> None:
             delattr(cls, method)
     cls.__reduce_ex__ = _reduce  # type: ignore[assignment, method-assign]
     setattr(cls, identity.PARAMETRIZED, True)
+
+
+def _undress(module: nn.Module) -> None:
+    """Makes the class a parametrized one as parametrize makes it."""
+    dressed = type(module)
+    module.__class__ = dressed.__bases__[0]
+    parametrize._inject_new_class(module)
+    for name in sites.parametrized(module):
+        setattr(type(module), name, dressed.__dict__[name])
 
 
 def _reduce(self: nn.Module, protocol: Any) -> Any:
@@ -202,32 +263,125 @@ def _rebuild(base: type[nn.Module], names: tuple[str, ...], spliced: bool) -> nn
 def save_plain(
     module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: dict[str, Any]
 ) -> None:
-    """A state_dict hook: effective weights under their plain names, in the plain order."""
-    for name in sites.parametrized(module):
-        inner = f"{prefix}parametrizations.{name}."
-        if _only_ours(module, name):
-            held = [state.pop(key) for key in list(state) if key.startswith(f"{inner}original")]
-            state[f"{prefix}{name}"] = held[0] if len(held) == 1 else held[0] * held[1]
-    mine = [f"{prefix}{name}" for name in module.__dict__[_ORDER] if f"{prefix}{name}" in state]
-    rest = [k for k in state if k.startswith(prefix) and k not in mine]
-    for key in (*mine, *rest):
+    """A state_dict hook: weights under their plain names, in the plain order."""
+    metadata = getattr(state, "_metadata", {})
+    ours = list(_only_ours(module))
+    for name in ours:
+        inner = f"{prefix}parametrizations.{name}"
+        state[f"{prefix}{name}"] = state.pop(f"{inner}.original")
+        for path, _ in sites.parametrization(module, name).named_modules():
+            metadata.pop(f"{inner}.{path}" if path else inner, None)
+    if len(ours) == len(list(sites.parametrized(module))):
+        metadata.pop(f"{prefix}parametrizations", None)
+    _put_first(module, state, prefix, module.__dict__[_ORDER])
+
+
+def save_list(
+    inside: nn.Module, state: dict[str, Any], prefix: str, local_metadata: dict[str, Any]
+) -> None:
+    """A state_dict hook of a list: without its parametrizations of ours, as if they were not."""
+    if _computes_product(inside):
+        u, v = (state.pop(f"{prefix}{name}") for name in inside._parameters)
+        state[f"{prefix}original"] = u * v
+        _put_first(inside, state, prefix, ["original"])
+    numbers = _numbers(inside)
+    for held in (state, getattr(state, "_metadata", {})):
+        for old in _last(held, prefix):
+            number, dot, rest = old.removeprefix(prefix).partition(".")
+            value = held.pop(old)
+            if number not in inside._modules:
+                held[old] = value
+            elif number in numbers:
+                held[f"{prefix}{numbers[number]}{dot}{rest}"] = value
+
+
+def _computes_product(inside: nn.Module) -> bool:
+    return any(sites.is_product(p) for p in inside.children())
+
+
+def _numbers(inside: nn.Module) -> dict[str, str]:
+    """The number of each parametrization of others, and the one it would have without ours."""
+    others = (k for k, p in inside._modules.items() if p is not None and not sites.is_ours(p))
+    return {number: str(i) for i, number in enumerate(others)}
+
+
+def _put_first(module: nn.Module, state: dict[str, Any], prefix: str, names: Iterable[str]) -> None:
+    """Moves these before all else that the module has put into the state."""
+    known = {*names, *module._parameters, *module._buffers, *module._modules, "_extra_state"}
+    own = [key for key in _last(state, prefix) if _head(key, prefix) in known]
+    mine = [f"{prefix}{name}" for name in names if f"{prefix}{name}" in state]
+    for key in (*mine, *(k for k in own if k not in mine)):
         state[key] = state.pop(key)
 
 
+def _last(held: dict[str, Any], prefix: str) -> list[str]:
+    """The keys of a module whose turn it is: they are the last ones."""
+    return list(itertools.takewhile(lambda key: key.startswith(prefix), reversed(held)))[::-1]
+
+
+def _head(key: str, prefix: str) -> str:
+    return key.removeprefix(prefix).partition(".")[0]
+
+
 def load_plain(
-    module: nn.Module, state: dict[str, Any], prefix: str, *others: Any, **more: Any
+    module: nn.Module,
+    state: dict[str, Any],
+    prefix: str,
+    local_metadata: dict[str, Any],
+    strict: bool,
+    missing: list[str],
+    *others: Any,
 ) -> None:
     """A load_state_dict pre-hook: plain names back into the parametrizations' own."""
-    for name in sites.parametrized(module):
-        key = f"{prefix}{name}"
-        if key in state and _only_ours(module, name):
-            inner = f"{prefix}parametrizations.{name}.original"
-            weight = state.pop(key)
-            if any(map(_is_product, _chain(module, name))):
-                state[f"{inner}0"], state[f"{inner}1"] = Product().right_inverse(weight)
-            else:
-                state[inner] = weight
+    for name in _only_ours(module):
+        inner = f"{prefix}parametrizations.{name}."
+        if f"{prefix}{name}" in state:
+            whole = state.pop(f"{prefix}{name}")
+            # torch.distributed.checkpoint spreads what it finds under named_parameters' names
+            own = sites.stored(module, name)[0]
+            late = hasattr(own, "placements") and not hasattr(whole, "placements")
+            state[f"{inner}original"] = record.spread(whole, own) if late else whole
+        else:
+            _leave(sites.parametrization(module, name), state, inner, missing, f"{prefix}{name}")
 
 
-def _only_ours(module: nn.Module, name: str) -> bool:
-    return not sites.is_foreign(module, name)
+def load_list(
+    inside: nn.Module,
+    state: dict[str, Any],
+    prefix: str,
+    local_metadata: dict[str, Any],
+    strict: bool,
+    missing: list[str],
+    *others: Any,
+) -> None:
+    """A load_state_dict pre-hook, the inverse of `save_list`."""
+    for number, plain in reversed(_numbers(inside).items()):
+        for old in [k for k in state if k.startswith(f"{prefix}{plain}.")]:
+            state[f"{prefix}{number}{old.removeprefix(prefix + plain)}"] = state.pop(old)
+    whole = f"{prefix}original"
+    if not _computes_product(inside):
+        return
+    if whole in state:
+        parts = _split(state.pop(whole))
+        state.update({f"{prefix}{n}": p for n, p in zip(inside._parameters, parts, strict=True)})
+    else:
+        _leave(inside, state, prefix, missing, whole)
+
+
+def _leave(
+    inside: nn.Module, state: dict[str, Any], prefix: str, missing: list[str], key: str
+) -> None:
+    """Leaves a list as it is, and reports its tensor as missing by its plain name."""
+    own = {f"{prefix}{name}": parameter for name, parameter in inside._parameters.items()}
+    if not any(name in state for name in own):
+        missing.append(key)
+        state.update(own)
+
+
+def _split(weight: Tensor) -> tuple[Tensor, Tensor]:
+    return Product().right_inverse(weight)
+
+
+def _only_ours(module: nn.Module) -> Iterator[str]:
+    """The names of the tensors that nobody else has parametrized."""
+    return (name for name in sites.parametrized(module) if not sites.is_foreign(module, name))
