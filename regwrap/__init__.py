@@ -1,6 +1,7 @@
 """Regularize a PyTorch model that exists already, see what acts where, and take it all back."""
 
 from regwrap.api import plan, policy, regularize, summary, unregularize
+from regwrap.config import load_rules, rules_from_dicts, rules_to_dicts, save_rules
 from regwrap.decorator import regularized
 from regwrap.errors import PolicyError, RegwrapError, RegwrapWarning, UnmatchedRule
 from regwrap.optimizers import param_groups
@@ -38,6 +39,7 @@ __all__ = [
     "UnmatchedRule",
     "WeightDecay",
     "Where",
+    "load_rules",
     "param_groups",
     "penalties",
     "plan",
@@ -45,6 +47,9 @@ __all__ = [
     "reg_loss",
     "regularize",
     "regularized",
+    "rules_from_dicts",
+    "rules_to_dicts",
+    "save_rules",
     "summary",
     "unregularize",
 ]
