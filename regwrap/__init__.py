@@ -18,6 +18,7 @@ from regwrap.terms import (
     Penalty,
     WeightDecay,
 )
+from regwrap.uncertainty import MCPrediction, mc_dropout, mc_predict
 from regwrap.where import Where
 
 __version__ = "0.1.0"
@@ -30,6 +31,7 @@ __all__ = [
     "ElasticNet",
     "Entry",
     "GroupLasso",
+    "MCPrediction",
     "Orthogonal",
     "Penalty",
     "Policy",
@@ -40,6 +42,8 @@ __all__ = [
     "WeightDecay",
     "Where",
     "load_rules",
+    "mc_dropout",
+    "mc_predict",
     "param_groups",
     "penalties",
     "plan",

@@ -1,3 +1,4 @@
+# ruff: noqa: E501 a message stands on one line, as it is printed
 """Rules in files: what is written comes back, what is wrong is named with file and rule."""
 
 import builtins

@@ -39,9 +39,8 @@ def decayed(model, rules):
 
 def test_bert_finetuning_spares_biases_and_norms():
     rates = decayed(Block(8), recipes.bert_finetuning())
-    assert rates == {"fc1.weight": 0.01, "fc2.weight": 0.01} | {
-        name: 0 for name in ("norm.weight", "norm.bias", "fc1.bias", "fc2.bias")
-    }
+    spared = ("norm.weight", "norm.bias", "fc1.bias", "fc2.bias")
+    assert rates == {"fc1.weight": 0.01, "fc2.weight": 0.01} | dict.fromkeys(spared, 0)
 
 
 def test_vit_spares_positions_and_tokens():
