@@ -4,6 +4,7 @@ from regwrap.api import plan, policy, regularize, summary, unregularize
 from regwrap.config import load_rules, rules_from_dicts, rules_to_dicts, save_rules
 from regwrap.decorator import regularized
 from regwrap.errors import PolicyError, RegwrapError, RegwrapWarning, UnmatchedRule
+from regwrap.findings import Finding, doctor
 from regwrap.optimizers import param_groups
 from regwrap.penalty import penalties, reg_loss
 from regwrap.record import Entry, Policy
@@ -30,6 +31,7 @@ __all__ = [
     "Dropout",
     "ElasticNet",
     "Entry",
+    "Finding",
     "GroupLasso",
     "MCPrediction",
     "Orthogonal",
@@ -41,6 +43,7 @@ __all__ = [
     "UnmatchedRule",
     "WeightDecay",
     "Where",
+    "doctor",
     "load_rules",
     "mc_dropout",
     "mc_predict",
