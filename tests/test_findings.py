@@ -66,6 +66,18 @@ class Unused(Net):
         return self.head(F.relu(self.fc2(F.relu(self.fc1(x)))))
 
 
+class Aliased(nn.Module):
+    """Its dropout is called under another name."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop = nn.Dropout(0.1)
+        self.body = nn.Sequential(nn.Linear(4, 4), self.drop, nn.Linear(4, 2))
+
+    def forward(self, x):
+        return self.body(x)
+
+
 class Configured(nn.Module):
     def __init__(self, reads):
         super().__init__()
@@ -78,7 +90,7 @@ class Configured(nn.Module):
 
 
 class ReadsNothing(nn.Module):
-    def __init__(self, **config):
+    def __init__(self, config):
         super().__init__()
         self.config = config
         self.head = nn.Linear(8, 3)
@@ -210,7 +222,7 @@ CASES = {  # code: (what shows it, what must not), each the arguments of doctor,
     ),
     "dropout-never-called": (lambda: (Unused(),), lambda: (Net(),)),
     "config-unread": (
-        lambda: (ReadsNothing(classifier_dropout=0.3, layers=2),),
+        lambda: (ReadsNothing({"classifier_dropout": 0.3, "layers": 2}),),
         lambda: (Configured(reads=True),),
     ),
 }
@@ -250,6 +262,7 @@ def test_other_shapes_of_the_same_fault():
     assert "dropout-on-output" in codes((nn.Sequential(nn.Linear(4, 2), nn.Dropout(0.5)),))
     assert "config-unread" not in codes((Configured(reads=True),))
     assert "partial-family" in codes((lora(25),))
+    assert "dropout-never-called" not in codes((Aliased(),))
     for n in (0, 3, 30):
         assert "partial-family" not in codes((lora(n),))
 

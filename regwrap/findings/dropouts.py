@@ -7,11 +7,13 @@ import functools
 import inspect
 import re
 import textwrap
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
+from regwrap import sites
 from regwrap.findings.look import Finding, Look, join, listed
 from regwrap.findings.neighbours import author_class, ending, is_leaf, neighbours
 from regwrap.terms import Dropout
@@ -92,11 +94,15 @@ def _rate(module: nn.Module) -> float:
 
 def never_called(look: Look) -> Iterator[Finding]:
     """A dropout that the model has and no code calls: a head that never drops."""
+    names = Counter(id(node.module) for node in sites.nodes(look.root))
     unused = [
         join(node.path, name)
         for node in look.nodes
         for name, child in node.module._modules.items()
-        if child is not None and _rate(child) and not _is_said(node.module, name)
+        if child is not None
+        and _rate(child)
+        and names[id(child)] == 1  # under another name it may be called
+        and not _is_said(node.module, name)
     ]
     if unused:
         yield Finding(
