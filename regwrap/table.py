@@ -244,3 +244,20 @@ def _brace(numbers: list[int]) -> str:
             runs.append([n])
     told = ",".join(f"{run[0]}..{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
     return told if len(numbers) == 1 else "{" + told + "}"
+
+
+# --- other lists ---------------------------------------------------------------------------------
+
+
+def show_list(
+    heads: Sequence[str], rows: Sequence[Sequence[str]], console: Console | None = None
+) -> None:
+    """Prints rows of text under heads; on a non-terminal neither wrapped nor cut."""
+    console = Console() if console is None else console
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
+    for head in heads:
+        table.add_column(head, overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    width = console.width if console.is_terminal else _ENOUGH
+    console.print(table, width=width, crop=False, no_wrap=not console.is_terminal)

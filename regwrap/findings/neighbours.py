@@ -47,12 +47,15 @@ def author_class(module: nn.Module) -> type:
 
 
 def neighbours(root: nn.Module) -> Iterator[tuple[str, str]]:
-    """Paths of leaves (a, b) where b takes a's output directly."""
-    for path, owner in root.named_modules():
+    """Paths of leaves (a, b) where b takes a's output directly, under their first names."""
+    names = {id(module): path for path, module in root.named_modules()}
+    for owner in root.modules():
         for giver, taker in body_of(owner).feeds:
             last, first = _last(owner, giver), _first(owner, taker)
             if last is not None and first is not None:
-                yield join(path, last), join(path, first)
+                ends = (owner.get_submodule(end) for end in (last, first))
+                a, b = (names[id(end)] for end in ends)
+                yield a, b
 
 
 def ending(root: nn.Module) -> Iterator[str]:
@@ -64,7 +67,7 @@ def ending(root: nn.Module) -> Iterator[str]:
         child = body.result
         while child is not None and _is_plain_leaf(owner, child):
             yield join(path, child)
-            child = before.get(child)
+            child = before.pop(child, None)  # once: two may take turns
         found = None if child is None else _child(owner, child)
         if child is None or found is None:
             return
