@@ -246,7 +246,14 @@ def _brace(numbers: list[int]) -> str:
     return told if len(numbers) == 1 else "{" + told + "}"
 
 
-# --- other lists ---------------------------------------------------------------------------------
+# --- other forms ---------------------------------------------------------------------------------
+
+
+def plain(sheet: Sheet) -> str:
+    """The sheet as text, as wide as it needs."""
+    out = io.StringIO()
+    show(sheet, Console(file=out, force_terminal=False))
+    return out.getvalue()
 
 
 def show_list(

@@ -35,8 +35,7 @@ def not_carried(look: Look) -> Iterator[Finding]:
     if look.optimizer is None:
         return
     rates = look.decay_of()
-    wrong = [e for e in look.policy if isinstance(e.term, WeightDecay) and _lacks(look, e, rates)]
-    for entries in by_rule(wrong):
+    for entries in by_rule(uncarried(look, rates)):
         first = entries[0]
         held = {rates.get(id(p)) for p in look.stored(first)}
         has = "not these parameters" if None in held else f"weight_decay={max(held):g}"  # type: ignore[type-var]
@@ -51,11 +50,28 @@ def not_carried(look: Look) -> Iterator[Finding]:
         )
 
 
-def _lacks(look: Look, entry: Entry, rates: dict[int, float]) -> bool:
-    assert isinstance(entry.term, WeightDecay)
-    trained = [p for p in look.stored(entry) if p.requires_grad]
-    attached = "attached" in entry.note
-    return not attached and any(rates.get(id(p)) != entry.term.rate for p in trained)
+def uncarried(look: Look, rates: dict[int, float]) -> list[Entry]:
+    """WeightDecay entries whose trainable parameters have another `weight_decay`, or none."""
+    wanted = wanted_rates(look)
+    return [
+        entry
+        for entry in look.policy
+        if isinstance(entry.term, WeightDecay)
+        and "attached" not in entry.note
+        and any(
+            p.requires_grad and rates.get(id(p)) != wanted.get(id(p)) for p in look.stored(entry)
+        )
+    ]
+
+
+def wanted_rates(look: Look) -> dict[int, float]:
+    """What WeightDecay rules say, by the parameter's id."""
+    return {
+        id(p): e.term.rate
+        for e in look.policy
+        if isinstance(e.term, WeightDecay)
+        for p in look.stored(e)
+    }
 
 
 def stale(look: Look) -> Iterator[Finding]:

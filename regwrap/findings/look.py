@@ -37,7 +37,10 @@ class Look:
     """One look at a model; reads only."""
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer | None, loss: float | None
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        loss: float | None = None,
     ) -> None:
         self.root = sites.unwrap(model)
         self.name = type(self.root).__name__
