@@ -1,8 +1,10 @@
 """Regularize a PyTorch model that exists already, see what acts where, and take it all back."""
 
 from regwrap.api import plan, policy, regularize, summary, unregularize
+from regwrap.config import load_rules, rules_from_dicts, rules_to_dicts, save_rules
 from regwrap.decorator import regularized
 from regwrap.errors import PolicyError, RegwrapError, RegwrapWarning, UnmatchedRule
+from regwrap.findings import Finding, doctor
 from regwrap.optimizers import param_groups
 from regwrap.penalty import penalties, reg_loss
 from regwrap.record import Entry, Policy
@@ -19,6 +21,7 @@ from regwrap.terms import (
     WeightDecay,
 )
 from regwrap.trust import Check, Report, verify
+from regwrap.uncertainty import MCPrediction, mc_dropout, mc_predict
 from regwrap.where import Where
 
 __version__ = "0.1.0"
@@ -32,7 +35,9 @@ __all__ = [
     "Dropout",
     "ElasticNet",
     "Entry",
+    "Finding",
     "GroupLasso",
+    "MCPrediction",
     "Orthogonal",
     "Penalty",
     "Policy",
@@ -43,6 +48,10 @@ __all__ = [
     "UnmatchedRule",
     "WeightDecay",
     "Where",
+    "doctor",
+    "load_rules",
+    "mc_dropout",
+    "mc_predict",
     "param_groups",
     "penalties",
     "plan",
@@ -50,6 +59,9 @@ __all__ = [
     "reg_loss",
     "regularize",
     "regularized",
+    "rules_from_dicts",
+    "rules_to_dicts",
+    "save_rules",
     "summary",
     "unregularize",
     "verify",

@@ -379,3 +379,27 @@ def draw_checks(checks: Iterable[tuple[str, bool, str]]) -> Group:
         grid.add_row(state, Text(name), Text(detail))
     passed = sum(ok for _, ok, _ in checks)
     return Group(grid, Text(f"{passed} of {len(checks)} checks passed"))
+
+
+# --- other forms ---------------------------------------------------------------------------------
+
+
+def plain(sheet: Sheet) -> str:
+    """The sheet as text, as wide as it needs."""
+    out = io.StringIO()
+    show(sheet, Console(file=out, force_terminal=False))
+    return out.getvalue()
+
+
+def show_list(
+    heads: Sequence[str], rows: Sequence[Sequence[str]], console: Console | None = None
+) -> None:
+    """Prints rows of text under heads; on a non-terminal neither wrapped nor cut."""
+    console = Console() if console is None else console
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
+    for head in heads:
+        table.add_column(head, overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    width = console.width if console.is_terminal else _ENOUGH
+    console.print(table, width=width, crop=False, no_wrap=not console.is_terminal)

@@ -1,0 +1,7 @@
+"""`python -m regwrap`."""
+
+import sys
+
+from regwrap.cli import main
+
+sys.exit(main())
