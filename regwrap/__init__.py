@@ -3,7 +3,7 @@
 from regwrap.api import plan, policy, regularize, summary, unregularize
 from regwrap.decorator import regularized
 from regwrap.errors import PolicyError, RegwrapError, RegwrapWarning, UnmatchedRule
-from regwrap.optimizers import param_groups
+from regwrap.optimizers import Attachment, attach, param_groups, sparsity
 from regwrap.penalty import penalties, reg_loss
 from regwrap.record import Entry, Policy
 from regwrap.terms import (
@@ -13,6 +13,7 @@ from regwrap.terms import (
     Dropout,
     ElasticNet,
     GroupLasso,
+    MaxNorm,
     Orthogonal,
     Penalty,
     WeightDecay,
@@ -25,10 +26,12 @@ __all__ = [
     "L1",
     "L2",
     "L2SP",
+    "Attachment",
     "Dropout",
     "ElasticNet",
     "Entry",
     "GroupLasso",
+    "MaxNorm",
     "Orthogonal",
     "Penalty",
     "Policy",
@@ -38,6 +41,7 @@ __all__ = [
     "UnmatchedRule",
     "WeightDecay",
     "Where",
+    "attach",
     "param_groups",
     "penalties",
     "plan",
@@ -45,6 +49,7 @@ __all__ = [
     "reg_loss",
     "regularize",
     "regularized",
+    "sparsity",
     "summary",
     "unregularize",
 ]

@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from regwrap import identity, record, sites
 from regwrap.errors import RegwrapWarning
-from regwrap.record import Mark, Reference
+from regwrap.record import Factor, Mark, Record, Reference
 from regwrap.terms import WeightTerm
 
 
@@ -35,19 +35,30 @@ def reg_loss(model: nn.Module) -> Tensor:
     return _zero(root) if total is None else total
 
 
-def penalties(model: nn.Module) -> dict[str, Tensor]:
+def penalties(model: nn.Module, *, attached: bool = False) -> dict[str, Tensor]:
     """The penalties site by site, keyed `"<path>.<parameter>"`; their sum is `reg_loss`.
 
     A frozen parameter is listed with zero.
+
+    Args:
+        model: with a policy, or a part of one.
+        attached: lists what an optimizer carries too (`attach`), which `reg_loss` leaves out.
     """
     root = settled(model)
     first = {id(p): name for name, p in root.named_parameters()}  # of a tied one, its first name
     found: dict[str, Tensor] = {}
-    for live in _live(root, root.named_modules()):
+    for live in _live(root, root.named_modules(), attached=attached):
         path = first.get(id(live.tensor), live.path)
         value = live.value() if live.counts else _zero(root)
         found[path] = _add(found.get(path), value)
     return found
+
+
+def weights(root: nn.Module) -> dict[str, Tensor]:
+    """Every weight that a penalty acts on, in the loss or in a step, keyed as in `penalties`."""
+    first = {id(p): name for name, p in root.named_parameters()}
+    every = _live(root, root.named_modules(), attached=True)
+    return {first.get(id(live.tensor), live.path): live.tensor for live in every}
 
 
 def _add(a: Tensor | None, b: Tensor) -> Tensor:
@@ -71,11 +82,15 @@ class Live:
     reference: Reference | None
     counts: bool
     """False for a frozen parameter."""
+    factor: Factor | None = None
+    """Of a schedule."""
 
     def value(self) -> Tensor:
         """The penalty, as a plain tensor also where the weight is distributed."""
         reference = None if self.reference is None else self.reference.beside(self.tensor)
         value = self.term.value(self.tensor, reference)
+        if self.factor is not None:
+            value = value * self.factor.tensor.to(value)
         # A DTensor's sum is partial on each rank; this gives the whole, with the right gradient.
         return value.full_tensor() if hasattr(value, "full_tensor") else value
 
@@ -86,7 +101,9 @@ def _unnamed(root: nn.Module) -> Iterator[Live]:
     return (live for live in _live(root, (("", m) for m in found)) if live.counts)
 
 
-def _live(root: nn.Module, modules: Iterable[tuple[str, nn.Module]]) -> Iterator[Live]:
+def _live(
+    root: nn.Module, modules: Iterable[tuple[str, nn.Module]], *, attached: bool = False
+) -> Iterator[Live]:
     """Every weight term in force, once for a tensor that has several names."""
     seen: dict[tuple[object, ...], int] = {}
     found: list[tuple[Live, int]] = []
@@ -95,7 +112,9 @@ def _live(root: nn.Module, modules: Iterable[tuple[str, nn.Module]]) -> Iterator
         for mark in held.marks:
             if not isinstance(mark.term, WeightTerm):
                 continue
-            live = _look(path, module, mark, held.references.get(mark.site))
+            if held.is_carried(mark) and not attached:
+                continue
+            live = _look(path, module, mark, held)
             if live is None:
                 continue
             key = (*_identity(module, mark.site), mark.term.family)
@@ -113,7 +132,7 @@ def _identity(module: nn.Module, site: str) -> tuple[object, ...]:
     return (id(own),) if own is not None else (id(module), site)
 
 
-def _look(path: str, module: nn.Module, mark: Mark, reference: Reference | None) -> Live | None:
+def _look(path: str, module: nn.Module, mark: Mark, held: Record) -> Live | None:
     stored = sites.stored(module, mark.site)
     if any(is_lazy(t) for t in stored):
         return None
@@ -123,7 +142,8 @@ def _look(path: str, module: nn.Module, mark: Mark, reference: Reference | None)
         return None
     full = f"{path}.{mark.site}" if path else mark.site
     assert isinstance(mark.term, WeightTerm)
-    return Live(full, mark.term, tensor, reference, counts)
+    reference = held.references.get(mark.site)
+    return Live(full, mark.term, tensor, reference, counts, held.factor(mark))
 
 
 def _is_frozen(tensor: Tensor) -> bool:

@@ -11,7 +11,7 @@ from regwrap import sites
 from regwrap.errors import PolicyError
 from regwrap.planning.claims import Claim, Claims
 from regwrap.planning.survey import Key, Survey
-from regwrap.terms import L2SP, Dropout, GroupLasso, Orthogonal
+from regwrap.terms import L2SP, Dropout, GroupLasso, MaxNorm, Orthogonal
 from regwrap.where import shown
 
 
@@ -30,7 +30,7 @@ def check(survey: Survey, claims: Claims) -> None:
                 raise PolicyError(
                     _refusal(claim, path, "is inside a compiled submodule", "compile afterwards")
                 )
-            if isinstance(claim.term, GroupLasso | Orthogonal):
+            if isinstance(claim.term, GroupLasso | Orthogonal | MaxNorm):
                 _check_shape(claim, claim.term, path, sites.shape(module, name))
 
 
@@ -57,7 +57,7 @@ def _path_of(survey: Survey, key: Key, claim: Claim) -> str:
 
 
 def _check_shape(
-    claim: Claim, term: GroupLasso | Orthogonal, path: str, shape: tuple[int, ...] | None
+    claim: Claim, term: GroupLasso | Orthogonal | MaxNorm, path: str, shape: tuple[int, ...] | None
 ) -> None:
     if shape is None:
         return
@@ -69,7 +69,7 @@ def _check_shape(
         raise PolicyError(
             _refusal(claim, path, f"has shape {shape}", f"dim={term.dim} is not there")
         )
-    if shape[term.dim] % term.size:
+    if isinstance(term, GroupLasso) and shape[term.dim] % term.size:
         why = f"has {shape[term.dim]} units along dim {term.dim}"
         raise PolicyError(_refusal(claim, path, why, f"size={term.size} must divide them"))
 

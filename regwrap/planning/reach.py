@@ -13,7 +13,7 @@ from regwrap.planning.claims import Claim, Claims
 from regwrap.planning.survey import CALL, Survey, can_be_penalised, class_name, join
 from regwrap.record import Rule
 from regwrap.sites import Node
-from regwrap.terms import Dropout, Term, WeightDecay, WeightTerm
+from regwrap.terms import Dropout, MaxNorm, Term, WeightDecay, WeightTerm
 from regwrap.where import Where, shown
 
 
@@ -46,8 +46,8 @@ def reach(survey: Survey, where: Where) -> Reach:
 
 
 def _claim_parameters(survey: Survey, claims: Claims, rule: Rule, reach: Reach) -> int:
-    """Gives a weight term or WeightDecay the parameters it reaches; returns how many."""
-    assert isinstance(rule.term, WeightTerm | WeightDecay)
+    """Gives a term for parameters those that it reaches; returns how many."""
+    assert isinstance(rule.term, WeightTerm | WeightDecay | MaxNorm)
     on = rule.term.on
     reached = [
         (node.module, name)
@@ -59,7 +59,7 @@ def _claim_parameters(survey: Survey, claims: Claims, rule: Rule, reach: Reach) 
         if not can_be_penalised(node.module, name):
             raise PolicyError(_no_gradient(rule, join(node.path, name), node.module, name))
         reached.append((node.module, name))
-    mechanism = "optimizer" if isinstance(rule.term, WeightDecay) else "direct"
+    mechanism = "direct" if isinstance(rule.term, WeightTerm) else "optimizer"
     for module, name in reached:
         key = survey.keys[id(module)][name]
         claims.take(key, Claim(name, rule.term, rule, mechanism, ((module, name),)))
@@ -90,8 +90,8 @@ def _claim_calls(survey: Survey, claims: Claims, rule: Rule, reach: Reach) -> in
         if itself and not is_linear(node.module):
             raise PolicyError(
                 f"Rule ({shown(rule.where)!r}: {rule.term!r}) names {node.path!r}, a "
-                f"{class_name(node.module)}: a Dropout after a layer that is no Linear is not built "
-                "yet; name Linear layers."
+                f"{class_name(node.module)}: a Dropout after a layer that is no Linear is not "
+                "built yet; name Linear layers."
             )
     if linears and all(id(module) in survey.idle for module in linears):
         raise PolicyError(

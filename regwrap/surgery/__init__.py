@@ -68,6 +68,8 @@ def _records(root: nn.Module, draft: Draft) -> dict[int, Record]:
             marks=tuple(marks.get(i, ())),
             overridden=tuple(lost.get(i, ())),
             references=references.get(i, {}),
+            carried=old.carried,
+            factors=old.factors,
             rules=(*old.rules, *(draft.added if is_root else ())),
             census=Census(modules[m] for m in marks) if is_root else old.census,
         )
