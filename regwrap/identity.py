@@ -9,6 +9,7 @@ on top, where it put it, and can take it away.
 from __future__ import annotations
 
 import abc
+import functools
 from typing import Any
 
 from torch import fx, nn
@@ -87,10 +88,22 @@ def _subclass(cls: type, mixin: type) -> type:
     body: dict[str, Any] = {**looks, "__qualname__": cls.__qualname__, _MADE: mixin}
     if hasattr(cls, "__deepcopy__"):
         body["__deepcopy__"] = mixin.regwrap_deepcopy  # type: ignore[attr-defined]
+    body["__init__"] = _plain_init(cls)
     become = getattr(cls, "cls_to_become", None)
     if become is not None:  # a lazy module turns into this class at its first forward
         body["cls_to_become"] = _subclass(become, mixin)
     return _create(type(cls), cls.__name__, (mixin, cls), body)
+
+
+def _plain_init(cls: type) -> Any:
+    """An initializer by which `type(model)(...)` makes a plain model, as it always did."""
+
+    @functools.wraps(cls.__init__)  # type: ignore[misc]
+    def __init__(self: object, *args: Any, **kwargs: Any) -> None:
+        object.__setattr__(self, "__class__", cls)
+        cls.__init__(self, *args, **kwargs)  # type: ignore[misc]
+
+    return __init__
 
 
 def _rebuilt(cls: type, bases: tuple[type, ...]) -> type:
