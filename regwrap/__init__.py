@@ -6,6 +6,7 @@ from regwrap.errors import PolicyError, RegwrapError, RegwrapWarning, UnmatchedR
 from regwrap.optimizers import Attachment, attach, param_groups, sparsity
 from regwrap.penalty import penalties, reg_loss
 from regwrap.record import Entry, Policy
+from regwrap.schedule import StrengthScheduler
 from regwrap.terms import (
     L1,
     L2,
@@ -38,6 +39,7 @@ __all__ = [
     "PolicyError",
     "RegwrapError",
     "RegwrapWarning",
+    "StrengthScheduler",
     "UnmatchedRule",
     "WeightDecay",
     "Where",

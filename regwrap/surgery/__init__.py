@@ -99,12 +99,18 @@ def _reference(
 
 def _sync_dropout(module: nn.Module) -> bool:
     """Puts the hook where the record wants one; whether hooks were added or taken."""
-    rates = [
-        mark.term.p
-        for mark in record.read(module).marks
-        if isinstance(mark.term, Dropout) and mark.mechanism == "hook"
-    ]
-    return output.install(module, rates[0]) if rates else output.remove(module)
+    held = record.read(module)
+    for mark in held.marks:
+        if isinstance(mark.term, Dropout) and mark.mechanism == "hook":
+            return output.install(module, mark.term.p, held.factor(mark))
+    return output.remove(module)
+
+
+def follow(modules: Iterable[nn.Module]) -> None:
+    """Gives dropouts that are scheduled now the hook that reads their factor."""
+    changed = [_sync_dropout(module) for module in modules]
+    if any(changed):
+        _forget_compiled()
 
 
 def _owns_reg_loss(root: nn.Module) -> bool:
