@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,7 +15,11 @@ from regwrap.terms import WeightDecay
 
 
 def param_groups(
-    model: nn.Module, *, weight_decay: float | None = None, **defaults: Any
+    model: nn.Module,
+    *,
+    weight_decay: float | None = None,
+    groups: Iterable[Mapping[str, Any]] | None = None,
+    **defaults: Any,
 ) -> list[dict[str, Any]]:
     """Groups for any `torch.optim` optimizer, every trainable parameter exactly once.
 
@@ -26,20 +31,84 @@ def param_groups(
     Args:
         model: with a policy or without one.
         weight_decay: of everything that no rule names and that is a weight proper.
-        **defaults: further keys of every group, such as `lr`.
+        groups: groups that there are already (layer-wise learning rates, the part of one of two
+            optimizers), as an optimizer takes them: each is split by decay and keeps its other
+            keys, a `weight_decay` of its own stands for its weights proper, and only their
+            parameters are in the result.
+        **defaults: further keys of every group, such as `lr`; a group's own come first.
+
+    Raises:
+        TypeError: for groups of another form.
+        ValueError: for a parameter in two groups, or one that is not the model's.
     """
     root = settled(model)
     rates = _rates(root)
     spared = _spared(root)
-    groups: dict[Any, list[Tensor]] = {}
-    for parameter in root.parameters():
-        if parameter.requires_grad:
-            rate = 0.0 if id(parameter) in spared else weight_decay
-            groups.setdefault(rates.get(id(parameter), rate), []).append(parameter)
-    return [
-        {"params": members, **defaults, **({} if rate is None else {"weight_decay": rate})}
-        for rate, members in groups.items()
-    ]
+    order = {id(p): i for i, p in enumerate(root.parameters())}
+    told: list[dict[str, Any]] = []
+    for given in _given(root, groups, order):
+        usual = given.pop("weight_decay", weight_decay)
+        members = sorted(given.pop("params"), key=lambda member: order[id(_tensor(member))])
+        by_rate: dict[Any, list[Any]] = {}
+        for member in members:
+            tensor = _tensor(member)
+            if tensor.requires_grad:
+                rate = 0.0 if id(tensor) in spared else usual
+                by_rate.setdefault(rates.get(id(tensor), rate), []).append(member)
+        told += [_group(part, rate, {**defaults, **given}) for rate, part in by_rate.items()]
+    return told
+
+
+def _group(members: list[Any], rate: float | None, keys: dict[str, Any]) -> dict[str, Any]:
+    decay = {} if rate is None else {"weight_decay": rate}
+    return {"params": members, **keys, **decay}
+
+
+def _given(root: nn.Module, groups: object, order: dict[int, int]) -> list[dict[str, Any]]:
+    """The user's groups as dicts of our own, checked; one of everything where there are none."""
+    if groups is None:
+        return [{"params": list(root.parameters())}]
+    if not isinstance(groups, Iterable) or isinstance(groups, Mapping):
+        raise TypeError(f"param_groups: groups must be a list of dicts, not {groups!r}.")
+    copied = [_copied(i, group) for i, group in enumerate(groups)]
+    seen: dict[int, int] = {}
+    for i, group in enumerate(copied):
+        for member in group["params"]:
+            tensor = _tensor(member)
+            if id(tensor) not in order:
+                raise ValueError(
+                    f"param_groups: group {i} has a parameter of shape {tuple(tensor.shape)} that "
+                    f"is not among those of {type(root).__name__}; give the model that holds it."
+                )
+            if id(tensor) in seen:
+                raise ValueError(
+                    f"param_groups: group {i} has a parameter of shape {tuple(tensor.shape)} that "
+                    f"is in group {seen[id(tensor)]} already; leave it in one of them."
+                )
+            seen[id(tensor)] = i
+    return copied
+
+
+def _copied(index: int, group: object) -> dict[str, Any]:
+    if not isinstance(group, Mapping) or "params" not in group:
+        raise TypeError(
+            f"param_groups: group {index} must be a dict with 'params', as torch.optim takes it, "
+            f"not {group!r}."
+        )
+    params = group["params"]
+    members = [params] if isinstance(params, Tensor) else list(params)
+    for member in members:
+        if not isinstance(_tensor(member), Tensor):
+            raise TypeError(
+                f"param_groups: group {index} must have parameters or (name, parameter) pairs in "
+                f"'params', not {member!r}."
+            )
+    return {**group, "params": members}
+
+
+def _tensor(member: Any) -> Any:
+    """The parameter itself, of a (name, parameter) pair too."""
+    return member[1] if isinstance(member, tuple) and len(member) == 2 else member
 
 
 def _rates(root: nn.Module) -> dict[int, float]:
