@@ -73,13 +73,14 @@ def _warn_of_plain_threshold(found: list[Claim], optimizer: Optimizer) -> None:
 class Attachment:
     """What `attach` returns: penalties carried by an optimizer, until `remove`.
 
-    A copy or a pickle of it carries nothing, as the copy of the model has its penalties back.
+    It keeps the optimizer, in whose step and no other the penalties are. A copy or a pickle of it
+    carries nothing, as the copy of the model has its penalties back in its `reg_loss`.
     """
 
     def __init__(self, root: nn.Module, optimizer: Optimizer, found: list[Claim]) -> None:
         self._root = root
+        self._optimizer: Optimizer | None = optimizer
         self._claims = found
-        self._name = type(optimizer).__name__
         self._plan: Plan | None = None
         self._swapped: list[tuple[Tensor, Tensor, Tensor]] = []
         self._moving: list[tuple[Batch, list[Tensor]]] = []
@@ -89,14 +90,15 @@ class Attachment:
             optimizer.register_step_post_hook(self._post),
         ]
         _mark(found)
-        # An optimizer that is gone carries nothing; it is not kept alive for that.
+        # Where nobody keeps the attachment, an optimizer that is gone carries nothing.
         self._release = weakref.finalize(optimizer, _unmark, found)
         self._release.atexit = False
 
     def __repr__(self) -> str:
         kinds = [claim.family[0] for claim in self._claims]
         told = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
-        return f"Attachment({self._name}: {told or 'nothing'})"
+        name = "removed" if self._optimizer is None else type(self._optimizer).__name__
+        return f"Attachment({name}: {told or 'nothing'})"
 
     def __deepcopy__(self, memo: object) -> Attachment:
         return _detached()
@@ -113,6 +115,7 @@ class Attachment:
         if self._release is not None:
             self._release()
         self._claims = []
+        self._optimizer = None
 
     @torch.no_grad()
     def finalize(self, tolerance: float = 1e-6) -> dict[str, int]:
@@ -202,7 +205,7 @@ def _detached() -> Attachment:
     """What stands for an attachment in a copy: it carries nothing."""
     copied = Attachment.__new__(Attachment)
     copied.__dict__.update(
-        _root=nn.Module(), _claims=[], _name="detached", _handles=[], _swapped=[], _release=None
+        _root=nn.Module(), _claims=[], _optimizer=None, _handles=[], _swapped=[], _release=None
     )
     return copied
 

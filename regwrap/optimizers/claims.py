@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -77,7 +78,7 @@ def _carriable(root: nn.Module) -> Iterator[Claim]:
 def _check(claim: Claim, held: Held, optimizer: Optimizer) -> None:
     told = f"attach: {claim.term!r} on {claim.path!r}"
     name = type(optimizer).__name__
-    if claim.key in record.read(claim.module).carried.keys:
+    if _is_carried(claim):
         raise PolicyError(
             f"{told} is attached to an optimizer already; call remove() on that attachment first."
         )
@@ -109,6 +110,13 @@ def _check(claim: Claim, held: Held, optimizer: Optimizer) -> None:
             f"{told} would make the sparse gradient of its {type(claim.module).__name__} dense; "
             "build it with sparse=False, or write WeightDecay instead."
         )
+
+
+def _is_carried(claim: Claim) -> bool:
+    if claim.key not in record.read(claim.module).carried.keys:
+        return False
+    gc.collect()  # an optimizer that nobody has any more may lie in a cycle still
+    return claim.key in record.read(claim.module).carried.keys
 
 
 def _is_idle(claim: Claim, held: Held, optimizer: Optimizer) -> bool:
