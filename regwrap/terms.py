@@ -192,9 +192,14 @@ class WeightTerm(_Strong):
         raise NotImplementedError
 
     def pulled(
-        self, grads: list[Tensor], ws: list[Tensor], references: list[Tensor], by: float
+        self,
+        grads: list[Tensor],
+        ws: list[Tensor],
+        references: list[Tensor],
+        by: float,
+        outs: list[Tensor] | None,
     ) -> Sequence[Tensor]:
-        """The gradients plus `by` times the penalty's own, as fresh tensors (`"gradient"`)."""
+        """The gradients plus `by` times the penalty's own, in `outs` or fresh (`"gradient"`)."""
         raise NotImplementedError
 
     def shrink_(self, ws: Sequence[Tensor], metric: Metric) -> None:
@@ -274,10 +279,20 @@ class L2(_Timed):
         return self.strength / 2 * _sum_of_squares(w)
 
     def pulled(
-        self, grads: list[Tensor], ws: list[Tensor], references: list[Tensor], by: float
+        self,
+        grads: list[Tensor],
+        ws: list[Tensor],
+        references: list[Tensor],
+        by: float,
+        outs: list[Tensor] | None,
     ) -> Sequence[Tensor]:
         """Gradients plus by * strength * w: the bits of `SGD(weight_decay=strength)`."""
-        return torch._foreach_add(grads, ws, alpha=by * self.strength)
+        alpha = by * self.strength
+        if outs is None:
+            return torch._foreach_add(grads, ws, alpha=alpha)
+        for gradient, w, out in zip(grads, ws, outs, strict=True):
+            torch.add(gradient, w, alpha=alpha, out=out)
+        return outs
 
 
 def ElasticNet(
@@ -456,13 +471,21 @@ class L2SP(_Timed):
         return self.strength / 2 * _sum_of_squares(w - reference)
 
     def pulled(
-        self, grads: list[Tensor], ws: list[Tensor], references: list[Tensor], by: float
+        self,
+        grads: list[Tensor],
+        ws: list[Tensor],
+        references: list[Tensor],
+        by: float,
+        outs: list[Tensor] | None,
     ) -> Sequence[Tensor]:
         """Gradients plus by * strength * (w - reference)."""
-        away = torch._foreach_sub(ws, references)
-        torch._foreach_mul_(away, by * self.strength)
-        torch._foreach_add_(away, grads)
-        return away
+        alpha = by * self.strength
+        if outs is None:
+            return torch._foreach_add(grads, torch._foreach_sub(ws, references), alpha=alpha)
+        for gradient, w, start, out in zip(grads, ws, references, outs, strict=True):
+            torch.sub(w, start, out=out)
+            torch.add(gradient, out, alpha=alpha, out=out)
+        return outs
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -31,6 +31,7 @@ class Batch:
     factor: Factor | None
     ws: list[Tensor] = field(default_factory=list)
     references: list[Reference] = field(default_factory=list)
+    buffers: dict[int, Tensor] = field(default_factory=dict)
 
     def moving(self) -> list[Tensor]:
         """The parameters that this step moves: the optimizer leaves those without gradient."""
@@ -51,10 +52,33 @@ class Batch:
             return []
         _refuse_sparse(before, term, optimizer)
         references = [self.references[i].beside(self.ws[i]) for i in at if self.references]
-        swapped = term.pulled(before, ws, references, _by(optimizer, self._of(optimizer)))
+        outs = self._outs(optimizer, ws, before)
+        by = _by(optimizer, self._of(optimizer))
+        swapped = term.pulled(before, ws, references, by, outs)
         for w, gradient in zip(ws, swapped, strict=True):
             w.grad = gradient
         return list(zip(ws, before, swapped, strict=True))
+
+    def _outs(
+        self, optimizer: Optimizer, ws: list[Tensor], grads: list[Tensor]
+    ) -> list[Tensor] | None:
+        """Where the swapped gradients are written: on a CPU into memory kept between steps.
+
+        100 MB that are fresh at every step are mapped, zeroed and unmapped each time: 34 ms for
+        ResNet-50's weights, where the same sum into kept memory takes 14. An accelerator's
+        allocator keeps memory by itself; an optimizer that is not torch's may keep gradients.
+        """
+        plain = all(g.device.type == "cpu" and not sharded.is_distributed(g) for g in grads)
+        if not plain or not metrics.is_exact(optimizer):
+            return None
+        pairs = zip(ws, grads, strict=True)
+        return [self._out(w, gradient) for w, gradient in pairs]
+
+    def _out(self, w: Tensor, gradient: Tensor) -> Tensor:
+        kept = self.buffers.get(id(w))
+        if kept is None or kept.shape != gradient.shape or kept.dtype != gradient.dtype:
+            kept = self.buffers[id(w)] = torch.empty_like(gradient)
+        return kept
 
     def decay(self, optimizer: Optimizer) -> None:
         """Decoupled weight decay of the parameters that this step moves."""
