@@ -5,9 +5,10 @@ from regwrap.config import load_rules, rules_from_dicts, rules_to_dicts, save_ru
 from regwrap.decorator import regularized
 from regwrap.errors import PolicyError, RegwrapError, RegwrapWarning, UnmatchedRule
 from regwrap.findings import Finding, doctor
-from regwrap.optimizers import param_groups
+from regwrap.optimizers import Attachment, attach, param_groups, sparsity
 from regwrap.penalty import penalties, reg_loss
 from regwrap.record import Entry, Policy
+from regwrap.schedule import StrengthScheduler
 from regwrap.terms import (
     L1,
     L2,
@@ -16,6 +17,7 @@ from regwrap.terms import (
     Dropout,
     ElasticNet,
     GroupLasso,
+    MaxNorm,
     Orthogonal,
     Penalty,
     WeightDecay,
@@ -30,6 +32,7 @@ __all__ = [
     "L1",
     "L2",
     "L2SP",
+    "Attachment",
     "Check",
     "DropConnect",
     "Dropout",
@@ -38,6 +41,7 @@ __all__ = [
     "Finding",
     "GroupLasso",
     "MCPrediction",
+    "MaxNorm",
     "Orthogonal",
     "Penalty",
     "Policy",
@@ -45,9 +49,11 @@ __all__ = [
     "RegwrapError",
     "RegwrapWarning",
     "Report",
+    "StrengthScheduler",
     "UnmatchedRule",
     "WeightDecay",
     "Where",
+    "attach",
     "doctor",
     "load_rules",
     "mc_dropout",
@@ -62,6 +68,7 @@ __all__ = [
     "rules_from_dicts",
     "rules_to_dicts",
     "save_rules",
+    "sparsity",
     "summary",
     "unregularize",
     "verify",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from regwrap import identity, record, sites
 from regwrap.errors import RegwrapWarning
-from regwrap.record import Mark, Reference
+from regwrap.record import Factor, Mark, Record, Reference
 from regwrap.seen import SEEN, Read, Seen
 from regwrap.terms import L1, WeightTerm
 
@@ -34,15 +34,19 @@ def reg_loss(model: nn.Module) -> Tensor:
     return _zero(root) if total is None else total
 
 
-def penalties(model: nn.Module) -> dict[str, Tensor]:
+def penalties(model: nn.Module, *, attached: bool = False) -> dict[str, Tensor]:
     """The penalties site by site, keyed `"<path>.<parameter>"`; their sum is `reg_loss`.
 
     A frozen parameter is listed with zero.
+
+    Args:
+        model: with a policy, or a part of one.
+        attached: lists what an optimizer carries too (`attach`), which `reg_loss` leaves out.
     """
     root = settled(model)
     first = _first_names(root)
     found: dict[str, Tensor] = {}
-    for live in _live(root, root.named_modules()):
+    for live in _live(root, root.named_modules(), attached=attached):
         path = live.path if live.tensor is None else first.get(id(live.tensor), live.path)
         value = _whole(live.value()) if live.counts else _zero(root)
         found[path] = _add(found.get(path), value)
@@ -80,6 +84,17 @@ def _whole(value: Tensor) -> Tensor:
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
+def weights(root: nn.Module) -> dict[str, Tensor]:
+    """Every weight that a penalty acts on, in the loss or in a step, keyed as in `penalties`."""
+    first = _first_names(root)
+    every = _live(root, root.named_modules(), attached=True)
+    return {
+        first.get(id(live.tensor), live.path): live.tensor
+        for live in every
+        if live.tensor is not None
+    }
+
+
 def _add(a: Tensor | None, b: Tensor) -> Tensor:
     return b if a is None else a + b.to(a.device)
 
@@ -105,9 +120,14 @@ class Live:
     seen: Seen | None = None
     counts: bool = True
     """False for a frozen parameter, and for a module that was not called."""
+    scheduled: Factor | None = None
 
     def value(self) -> Tensor:
         """The penalty; where the weight is distributed, so may it be."""
+        value = self._unscheduled()
+        return value if self.scheduled is None else value * self.scheduled.tensor.to(value)
+
+    def _unscheduled(self) -> Tensor:
         if self.tensor is None:
             assert self.seen is not None
             value = self.seen.total(self.term.family)
@@ -131,7 +151,9 @@ def _unnamed(root: nn.Module) -> Iterator[Live]:
     return (live for live in _live(root, (("", m) for m in found)) if live.counts)
 
 
-def _live(root: nn.Module, modules: Iterable[tuple[str, nn.Module]]) -> Iterator[Live]:
+def _live(
+    root: nn.Module, modules: Iterable[tuple[str, nn.Module]], *, attached: bool = False
+) -> Iterator[Live]:
     """Every weight term in force, once for a tensor that has several names."""
     seen: dict[tuple[object, ...], int] = {}
     found: list[tuple[Live, int]] = []
@@ -144,7 +166,9 @@ def _live(root: nn.Module, modules: Iterable[tuple[str, nn.Module]]) -> Iterator
         for mark in held.marks:
             if not isinstance(mark.term, WeightTerm):
                 continue
-            live = _look(path, module, mark, held.references.get(mark.site))
+            if held.is_carried(mark) and not attached:
+                continue
+            live = _look(path, module, mark, held)
             if live is None:
                 continue
             key = (*_identity(module, mark.site), mark.term.family)
@@ -163,14 +187,15 @@ def _identity(module: nn.Module, site: str) -> tuple[object, ...]:
     return (id(own),) if own is not None else (id(module), site)
 
 
-def _look(path: str, module: nn.Module, mark: Mark, reference: Reference | None) -> Live | None:
+def _look(path: str, module: nn.Module, mark: Mark, held: Record) -> Live | None:
     assert isinstance(mark.term, WeightTerm)
     full = f"{path}.{mark.site}" if path else mark.site
     seen = module.__dict__.get(SEEN)
+    moved = held.factor(mark)
     if mark.term.on == "output" and mark.site == "output":
         full = f"{path}:output"
         some = seen is not None and seen.total(mark.term.family) is not None
-        return Live(full, mark.term, None, seen=seen, counts=some)
+        return Live(full, mark.term, None, seen=seen, counts=some, scheduled=moved)
     stored = sites.stored(module, mark.site)
     if any(sites.is_lazy(t) for t in stored):
         return None
@@ -182,7 +207,8 @@ def _look(path: str, module: nn.Module, mark: Mark, reference: Reference | None)
     factored = mark.mechanism == "parametrization" and sites.is_factored(module, mark.site)
     factors = sites.factors(module, mark.site) if factored else []
     counts = counts and called
-    return Live(full, mark.term, tensor, factors, reference, counts=counts)
+    reference = held.references.get(mark.site)
+    return Live(full, mark.term, tensor, factors, reference, counts=counts, scheduled=moved)
 
 
 def _is_frozen(tensor: Tensor) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from regwrap import table
@@ -84,6 +85,45 @@ def spread(tensor: Tensor, like: Any) -> Tensor:
     return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements)
 
 
+class Factor:
+    """What a schedule multiplies a term by, live: read anew by everything that acts.
+
+    The tensor is written in place, so that compiled code reads the present value; a copy goes on
+    with the value that it was made at, and no schedule moves it.
+    """
+
+    def __init__(self, value: float = 1.0) -> None:
+        self.value = value
+        self.tensor = torch.tensor(value, dtype=torch.float64, device="cpu")
+
+    def set(self, value: float) -> None:
+        """Makes this the factor from now on."""
+        self.value = value
+        self.tensor.fill_(value)
+
+    def __deepcopy__(self, memo: object) -> Factor:
+        return Factor(self.value)
+
+    def __reduce__(self) -> tuple[type[Factor], tuple[float]]:
+        return (Factor, (self.value,))
+
+
+class Carried:
+    """The (site, kind) of what an optimizer's step carries, and `reg_loss` leaves out.
+
+    Transient: the copy of a model has no optimizer, so that its penalties are back in the loss.
+    """
+
+    def __init__(self, keys: frozenset[tuple[str, tuple[str, ...]]] = frozenset()) -> None:
+        self.keys = keys
+
+    def __deepcopy__(self, memo: object) -> Carried:
+        return Carried()
+
+    def __reduce__(self) -> tuple[type[Carried], tuple[()]]:
+        return (Carried, ())
+
+
 @dataclass(frozen=True)
 class Pending:
     """A decorated class's rules that wait for layers to come."""
@@ -102,6 +142,11 @@ class Record:
     references: Mapping[str, Reference] = field(default_factory=dict, compare=False)
     rules: tuple[Rule, ...] = ()
     """All rules of the calls that had this module as their root."""
+    carried: Carried = field(default_factory=Carried, compare=False)
+    factors: Mapping[tuple[str, tuple[str, ...]], Factor] = field(
+        default_factory=dict, compare=False
+    )
+    """What schedules multiply terms by, by their site and kind."""
     pending: Pending | None = None
     census: Census | None = field(default=None, compare=False)
 
@@ -109,9 +154,21 @@ class Record:
         return bool(self.marks or self.overridden or self.rules or self.pending)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Record:
-        references = copy.deepcopy(dict(self.references), memo)
-        census = copy.deepcopy(self.census, memo)
-        return dataclasses.replace(self, references=references, census=census)
+        return dataclasses.replace(
+            self,
+            references=copy.deepcopy(dict(self.references), memo),
+            carried=copy.deepcopy(self.carried, memo),
+            factors=copy.deepcopy(dict(self.factors), memo),
+            census=copy.deepcopy(self.census, memo),
+        )
+
+    def is_carried(self, mark: Mark) -> bool:
+        """Whether an optimizer's step carries the term at its site."""
+        return (mark.site, mark.term.family) in self.carried.keys
+
+    def factor(self, mark: Mark) -> Factor | None:
+        """What a schedule multiplies the term by; None where none does."""
+        return self.factors.get((mark.site, mark.term.family))
 
 
 EMPTY = Record()
@@ -124,11 +181,25 @@ def read(module: nn.Module) -> Record:
 
 def write(module: nn.Module, record: Record) -> None:
     """Lays the record on the module; an empty one leaves nothing there."""
+    _count()
     # Through __dict__: a model may have a __setattr__ of its own.
     if record:
         module.__dict__[KEY] = record
     else:
         module.__dict__.pop(KEY, None)
+
+
+_written = 0
+
+
+def _count() -> None:
+    global _written
+    _written += 1
+
+
+def written() -> int:
+    """How often any record has been written; what is derived from records is stale after it."""
+    return _written
 
 
 def waiting(module: nn.Module, pending: Pending | None) -> Record:
@@ -267,6 +338,7 @@ def lift(module: nn.Module) -> dict[str, Any]:
 
 def lay(module: nn.Module, lifted: dict[str, Any]) -> None:
     """Lays on a module what `lift` took from another."""
+    _count()
     module.__dict__.update(lifted["own"])
     if REDO in lifted["own"]:
         lifted["own"][REDO](module)  # the other's weight came along as a plain one, or changed
@@ -276,6 +348,7 @@ def lay(module: nn.Module, lifted: dict[str, Any]) -> None:
 
 def strip(module: nn.Module) -> bool:
     """Takes everything of ours from one module; whether there was a hook among it."""
+    _count()
     lifted = lift(module)
     for key in lifted.get("own", ()):
         del module.__dict__[key]

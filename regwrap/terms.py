@@ -7,14 +7,16 @@ import functools
 import math
 import numbers
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
+from regwrap import proximal
 from regwrap.errors import PolicyError, brief
+from regwrap.proximal import Metric
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -96,6 +98,18 @@ class Term:
 
     by_identity: ClassVar[frozenset[str]] = frozenset()
     """Fields compared, hashed and shown by identity (functions, reference tensors)."""
+    in_step: ClassVar[str | None] = None
+    """How an optimizer's step can carry the term: `"gradient"` or `"decay"` before it, `"proximal"`
+    or `"projection"` after it; None where it cannot."""
+    scheduled: ClassVar[str | None] = None
+    """The field that a schedule multiplies."""
+
+    def times(self, factor: float) -> Self:
+        """The same term with its strength or rate times the factor; checked like any other."""
+        if self.scheduled is None or factor == 1:
+            return self
+        moved = getattr(self, self.scheduled) * factor
+        return dataclasses.replace(self, **{self.scheduled: moved})  # type: ignore[type-var]
 
     def __add__(self, other: object) -> tuple[Term, ...]:
         if isinstance(other, Term):
@@ -178,6 +192,7 @@ class WeightTerm(_Strong):
     on: str | tuple[str, ...] = field(default="weight", kw_only=True)
 
     refused_on: ClassVar[tuple[str, ...]] = ()
+    scheduled: ClassVar[str | None] = "strength"
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -186,6 +201,21 @@ class WeightTerm(_Strong):
 
     def value(self, w: Tensor, reference: Tensor | None = None) -> Tensor:
         """The penalty of one tensor: 0-dim, differentiable, float32 or wider."""
+        raise NotImplementedError
+
+    def pulled(
+        self,
+        grads: list[Tensor],
+        ws: list[Tensor],
+        references: list[Tensor],
+        by: float,
+        outs: list[Tensor] | None,
+    ) -> Sequence[Tensor]:
+        """The gradients plus `by` times the penalty's own, in `outs` or fresh (`"gradient"`)."""
+        raise NotImplementedError
+
+    def shrink_(self, ws: Sequence[Tensor], metric: Metric) -> None:
+        """The penalty's proximal step in the metric, in place (`"proximal"`)."""
         raise NotImplementedError
 
 
@@ -225,6 +255,8 @@ class L1(Timed):
     strength: float
     solver: str | None = field(default=None, kw_only=True)
 
+    in_step: ClassVar[str | None] = "proximal"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.solver is not None:
@@ -242,6 +274,10 @@ class L1(Timed):
     def factored(self, u: Tensor, v: Tensor) -> Tensor:
         """Strength / 2 * (sum(u^2) + sum(v^2)), whose minimum over u * v = w is the L1 of w."""
         return self.strength / 2 * (_sum_of_squares(u) + _sum_of_squares(v))
+
+    def shrink_(self, ws: Sequence[Tensor], metric: Metric) -> None:
+        """Every |w| less rate * strength / d, or exactly zero."""
+        proximal.shrink_(ws, self.strength, metric)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -263,9 +299,27 @@ class L2(Timed):
 
     strength: float
 
+    in_step: ClassVar[str | None] = "gradient"
+
     def value(self, w: Tensor, reference: Tensor | None = None) -> Tensor:
         """Strength / 2 * sum(w^2), accumulated in float32 or wider."""
         return self.strength / 2 * _sum_of_squares(w)
+
+    def pulled(
+        self,
+        grads: list[Tensor],
+        ws: list[Tensor],
+        references: list[Tensor],
+        by: float,
+        outs: list[Tensor] | None,
+    ) -> Sequence[Tensor]:
+        """Gradients plus by * strength * w: the bits of `SGD(weight_decay=strength)`."""
+        alpha = by * self.strength
+        if outs is None:
+            return torch._foreach_add(grads, ws, alpha=alpha)
+        for gradient, w, out in zip(grads, ws, outs, strict=True):
+            torch.add(gradient, w, alpha=alpha, out=out)
+        return outs
 
 
 def ElasticNet(
@@ -325,6 +379,7 @@ class GroupLasso(WeightTerm):
     size: int = 1
 
     refused_on: ClassVar[tuple[str, ...]] = ("all", "output")
+    in_step: ClassVar[str | None] = "proximal"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -342,10 +397,29 @@ class GroupLasso(WeightTerm):
 
     def grouped(self, w: Tensor) -> Tensor:
         """`w` as (groups, elements of a group)."""
-        units = w.movedim(self.dim, 0)
-        # not reshape(groups, -1), which a tensor without elements leaves open
-        count = units.shape[0] // self.size
-        return units.reshape(count, self.size, *units.shape[1:]).flatten(1)
+        return _rows(w, self.dim, self.size)
+
+    def shrink_(self, ws: Sequence[Tensor], metric: Metric) -> None:
+        """Whole groups exactly zero, the others shortened; see `proximal.shrink_groups`."""
+        for i, w in enumerate(ws):
+            moment = metric.moment(i)
+            rows = None if moment is None else _real(self.grouped(moment))
+            shrunk = proximal.shrink_groups(_real(self.grouped(w)), self.strength, metric, rows)
+            _write_rows(w, self.dim, shrunk)
+
+
+def _rows(w: Tensor, dim: int, size: int = 1) -> Tensor:
+    """`w` as rows of `size` consecutive units along `dim`."""
+    units = w.movedim(dim, 0)
+    # not reshape(rows, -1), which a tensor without elements leaves open
+    count = units.shape[0] // size
+    return units.reshape(count, size, *units.shape[1:]).flatten(1)
+
+
+def _write_rows(w: Tensor, dim: int, rows: Tensor) -> None:
+    """The inverse of `_rows`, into `w`."""
+    units = w.movedim(dim, 0)
+    units.copy_(rows.reshape(units.shape))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -403,6 +477,7 @@ class L2SP(Timed):
 
     by_identity: ClassVar[frozenset[str]] = frozenset({"reference"})
     refused_on: ClassVar[tuple[str, ...]] = ("output",)
+    in_step: ClassVar[str | None] = "gradient"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -432,6 +507,23 @@ class L2SP(Timed):
         # a reference in float64 would widen the whole reg_loss.
         w = _real(w)
         return self.strength / 2 * (w - _real(reference).to(w.dtype)).square().sum()
+
+    def pulled(
+        self,
+        grads: list[Tensor],
+        ws: list[Tensor],
+        references: list[Tensor],
+        by: float,
+        outs: list[Tensor] | None,
+    ) -> Sequence[Tensor]:
+        """Gradients plus by * strength * (w - reference)."""
+        alpha = by * self.strength
+        if outs is None:
+            return torch._foreach_add(grads, torch._foreach_sub(ws, references), alpha=alpha)
+        for gradient, w, start, out in zip(grads, ws, references, outs, strict=True):
+            torch.sub(w, start, out=out)
+            torch.add(gradient, out, alpha=alpha, out=out)
+        return outs
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -518,9 +610,52 @@ class WeightDecay(Term):
     rate: float
     on: str | tuple[str, ...] = field(default="weight", kw_only=True)
 
+    in_step: ClassVar[str | None] = "decay"
+    scheduled: ClassVar[str | None] = "rate"
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "rate", _number("WeightDecay", "rate", self.rate))
         object.__setattr__(self, "on", _on("WeightDecay", self.on, ("output",)))
+
+    def decay_(self, ws: list[Tensor], lr: float) -> None:
+        """Multiplies w by 1 - lr * rate: what AdamW does before its step."""
+        torch._foreach_mul_(ws, 1 - lr * self.rate)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class MaxNorm(Term):
+    """Keras' constraint: after each optimizer step, units are scaled back to norm2 <= limit.
+
+    Acts through `attach`, never in the loss. A unit is a slice along `dim` (a neuron, a filter),
+    its norm goes over everything else: `keras.constraints.MaxNorm(limit, axis=0)` of a Dense
+    kernel, which Keras stores transposed, is `MaxNorm(limit, dim=0)` of a Linear's weight.
+
+    Args:
+        limit: of a unit's 2-norm, >= 0.
+        dim: the dimension along which units are counted.
+        on: `"weight"`, a parameter's own name or a tuple of names.
+
+    Raises:
+        TypeError, ValueError: for a bad argument.
+
+    Source: Srivastava et al., Dropout (2014), section 5.1; `keras.constraints.MaxNorm`.
+    """
+
+    limit: float
+    dim: int = 0
+    on: str | tuple[str, ...] = field(default="weight", kw_only=True)
+
+    in_step: ClassVar[str | None] = "projection"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "limit", _number("MaxNorm", "limit", self.limit))
+        object.__setattr__(self, "dim", _integer("MaxNorm", "dim", self.dim))
+        object.__setattr__(self, "on", _on("MaxNorm", self.on, ("all", "output")))
+
+    def project_(self, ws: Sequence[Tensor]) -> None:
+        """Scales units of norm2 above the limit back to it, in place; others keep their bits."""
+        for w in ws:
+            _write_rows(w, self.dim, proximal.project(_real(_rows(w, self.dim)), self.limit))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -566,6 +701,8 @@ class Dropout(Term):
     p: float
     at: str = field(default="output", kw_only=True)
     kind: type[nn.Module] = field(default=nn.Dropout, kw_only=True)
+
+    scheduled: ClassVar[str | None] = "p"
 
     def __post_init__(self) -> None:
         _choice("Dropout", "at", self.at, ("output", "activation", "input"))

@@ -224,9 +224,10 @@ def _by_hand(live: penalty.Live) -> float:
     if live.tensor is None or live.factors or not isinstance(live.term, L1 | L2):
         return live.value().item()
     w = live.tensor.detach().to(torch.complex128 if live.tensor.is_complex() else torch.float64)
+    strength = live.term.strength * (1 if live.scheduled is None else live.scheduled.value)
     if isinstance(live.term, L1):
-        return live.term.strength * w.abs().sum().item()
-    return live.term.strength / 2 * w.abs().square().sum().item()
+        return strength * w.abs().sum().item()
+    return strength / 2 * w.abs().square().sum().item()
 
 
 def _compiles(case: _Case) -> tuple[bool, str]:

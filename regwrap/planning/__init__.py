@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
 
+from regwrap import record
 from regwrap.errors import RegwrapWarning, UnmatchedRule
 from regwrap.planning.checks import check, l2sp, start_of
 from regwrap.planning.claims import Claim, Claims, load
@@ -15,10 +17,10 @@ from regwrap.planning.entries import draw_policy
 from regwrap.planning.reach import reach, unmatched
 from regwrap.planning.rules import parse_rules
 from regwrap.planning.survey import Key, Survey
-from regwrap.record import Policy, Rule
+from regwrap.record import Mark, Policy, Rule
 from regwrap.where import parse_where, recorded
 
-__all__ = ["Claim", "Draft", "Key", "draft", "in_force", "parse_rules", "start_of"]
+__all__ = ["Claim", "Draft", "Key", "draft", "in_force", "parse_rules", "reached", "start_of"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,18 @@ def _raise_or_warn(message: str, strict: bool) -> None:
     if strict:
         raise UnmatchedRule(message)
     warnings.warn(message, RegwrapWarning, stacklevel=4)
+
+
+def reached(model: nn.Module, where: object) -> Iterator[tuple[nn.Module, Mark]]:
+    """What is in force on the modules and parameters that a where selects."""
+    survey = Survey(model)
+    selected = reach(survey, parse_where(where))
+    modules = {id(node.module) for node in selected.modules}
+    named = {(id(node.module), name) for node, name in selected.parameters}
+    for node in survey.firsts():
+        for mark in record.read(node.module).marks:
+            if id(node.module) in modules or (id(node.module), mark.site) in named:
+                yield node.module, mark
 
 
 def in_force(model: nn.Module) -> Policy:

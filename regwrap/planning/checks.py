@@ -12,7 +12,7 @@ from regwrap.errors import PolicyError
 from regwrap.planning.claims import Claim, Claims
 from regwrap.planning.survey import Key, Survey, class_name
 from regwrap.record import Rule
-from regwrap.terms import L1, L2SP, DropConnect, Dropout, GroupLasso, Orthogonal
+from regwrap.terms import L1, L2SP, DropConnect, Dropout, GroupLasso, MaxNorm, Orthogonal
 from regwrap.where import shown
 
 
@@ -37,7 +37,7 @@ def check(survey: Survey, claims: Claims) -> None:
                 raise PolicyError(_refusal(claim, path, why, "penalise it instead"))
             if claim.mechanism == "parametrization":
                 _check_parametrizable(survey, key, claim, path)
-            if isinstance(claim.term, GroupLasso | Orthogonal):
+            if isinstance(claim.term, GroupLasso | Orthogonal | MaxNorm):
                 _check_shape(claim, claim.term, path, sites.shape(module, name))
     _check_sharded(survey, claims)
 
@@ -104,7 +104,7 @@ def _path_of(survey: Survey, key: Key, claim: Claim) -> str:
 
 
 def _check_shape(
-    claim: Claim, term: GroupLasso | Orthogonal, path: str, shape: tuple[int, ...] | None
+    claim: Claim, term: GroupLasso | Orthogonal | MaxNorm, path: str, shape: tuple[int, ...] | None
 ) -> None:
     if shape is None:
         return
@@ -116,7 +116,7 @@ def _check_shape(
     if not -len(shape) <= term.dim < len(shape):
         why = f"has shape {shape} and no dim {term.dim}"
         raise PolicyError(_refusal(claim, path, why, "give a dim that it has"))
-    if shape[term.dim] % term.size:
+    if isinstance(term, GroupLasso) and shape[term.dim] % term.size:
         why = f"has {shape[term.dim]} units along dim {term.dim}, no multiple of {term.size}"
         raise PolicyError(_refusal(claim, path, why, "give a size that divides them"))
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from regwrap import sites
+from regwrap import record, sites
 from regwrap.planning.claims import Claim, Claims
 from regwrap.planning.survey import (
     CALL,
@@ -20,6 +20,7 @@ from regwrap.planning.survey import (
 )
 from regwrap.record import Entry, Policy, Rule
 from regwrap.sites import Node
+from regwrap.terms import MaxNorm
 
 
 def draw_policy(survey: Survey, claims: Claims, rules: list[Rule]) -> Policy:
@@ -89,6 +90,8 @@ def _entry(
         note = f"{verb} by rule {order[claim.by]}"
     elif key[0] in (CALL, OUTPUT):
         note = _call_note(survey, node, claim)
+    if claim.by is None:
+        note = "; ".join(filter(None, (note, *_later(claim))))
     return Entry(
         path=node.path,
         layer=class_name(node.module),
@@ -96,10 +99,31 @@ def _entry(
         parameters=0 if site is None else elements(site),
         term=claim.term,
         site=name,
-        mechanism=claim.mechanism if key[0] != "gone" else None,
+        mechanism=_mechanism(claim) if key[0] != "gone" else None,
         rule=order[claim.rule],
         note=note,
     )
+
+
+def _mechanism(claim: Claim) -> str | None:
+    return "optimizer" if _is_carried(claim) else claim.mechanism
+
+
+def _is_carried(claim: Claim) -> bool:
+    """Whether `attach` has taken the entry over since it was planned."""
+    return claim.by is None and any(
+        record.read(module).is_carried(claim.mark(name)) for module, name in claim.owners
+    )
+
+
+def _later(claim: Claim) -> Iterator[str]:
+    """What attach and schedules have made of the entry since it was planned, or have yet to."""
+    if isinstance(claim.term, MaxNorm) and not _is_carried(claim):
+        yield "acts once attach(model, optimizer) is called"
+    for module, name in claim.owners[:1]:
+        factor = record.read(module).factor(claim.mark(name))
+        if factor is not None:
+            yield f"scheduled: x {factor.value:g} now"
 
 
 def _bare(survey: Survey, node: Node) -> Entry:

@@ -25,6 +25,7 @@ from regwrap.terms import (
     DropConnect,
     Dropout,
     GroupLasso,
+    MaxNorm,
     Orthogonal,
     Term,
     WeightDecay,
@@ -62,8 +63,8 @@ def reach(survey: Survey, where: Where) -> Reach:
 
 
 def claim_parameters(survey: Survey, claims: Claims, rule: Rule, reach: Reach) -> int:
-    """Gives a weight term or WeightDecay the parameters it reaches; returns how many."""
-    assert isinstance(rule.term, WeightTerm | WeightDecay | DropConnect)
+    """Gives a term for parameters those that it reaches; returns how many."""
+    assert isinstance(rule.term, WeightTerm | WeightDecay | MaxNorm | DropConnect)
     on = rule.term.on
     if on == OUTPUT:
         return _claim_outputs(survey, claims, rule, reach)
@@ -90,7 +91,7 @@ def claim_parameters(survey: Survey, claims: Claims, rule: Rule, reach: Reach) -
 
 
 def _mechanism(survey: Survey, term: Term, module: nn.Module) -> str | None:
-    if isinstance(term, WeightDecay):
+    if isinstance(term, WeightDecay | MaxNorm):
         return "optimizer"
     if isinstance(term, DropConnect):
         return "parametrization" if term.p > 0 else None

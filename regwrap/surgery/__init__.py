@@ -105,6 +105,8 @@ def _records(root: nn.Module, draft: Draft) -> dict[int, Record]:
             marks=tuple(marks.get(i, ())),
             overridden=tuple(lost.get(i, ())),
             references=references.get(i, {}),
+            carried=old.carried,
+            factors=old.factors,
             rules=(*old.rules, *(draft.added if is_root else ())),
             pending=old.pending,
             census=Census(modules[m] for m in marks) if is_root else old.census,
@@ -132,6 +134,35 @@ def _reference(
     if kept is not None and (claim.rule not in draft.added or kept.fits(sites.look(module, name))):
         return {name: kept}
     return {name: Reference(planning.start_of(draft.survey, claim, key))}
+
+
+def follow(root: nn.Module, modules: Iterable[nn.Module]) -> None:
+    """Gives dropouts that are scheduled now what reads their factor."""
+    changed = False
+    for module in modules:
+        changed |= output.sync(module)
+        move(module)
+    for owner in root.modules():
+        _schedule_inserted(owner)
+    if changed:
+        _forget_compiled()
+
+
+def move(module: nn.Module) -> None:
+    """Gives the rates that are plain numbers on the module the present value."""
+    rates.sync(module)
+    weight.move(module)
+
+
+def _schedule_inserted(owner: nn.Module) -> None:
+    present = fx.rewritten(owner)
+    for name, insert in () if present is None else zip(present.names, present.inserts, strict=True):
+        held = record.read(owner.get_submodule(insert.child))
+        mark = next((m for m in held.marks if isinstance(m.term, Dropout)), None)
+        factor = None if mark is None else held.factor(mark)
+        if factor is not None and insert.kind is nn.Dropout:
+            dropout = output.ScheduledDropout(insert.p, factor)
+            owner._modules[name] = dropout.train(owner.training)
 
 
 def _owns_reg_loss(root: nn.Module) -> bool:

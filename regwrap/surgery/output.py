@@ -18,12 +18,14 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from regwrap import record
 from regwrap.errors import PolicyError
-from regwrap.record import HOOK
+from regwrap.planning.dropouts import rate_of
+from regwrap.record import HOOK, Factor, Mark
 from regwrap.seen import ROUND, SEEN, Round, Seen, Values
 from regwrap.terms import Dropout, Timed
 
 _RATE = "_regwrap_p"
 _KIND = "_regwrap_kind"
+_FACTOR = "_regwrap_factor"
 _SEE: Any = f"{HOOK}.output"  # Any: torch's annotations know integer keys only
 _BEGIN: Any = f"{HOOK}.begin"
 _END: Any = f"{HOOK}.end"
@@ -32,7 +34,7 @@ _END: Any = f"{HOOK}.end"
 def sync(module: nn.Module) -> bool:
     """Gives the module the hooks that its record asks for; whether any came or went."""
     marks = [mark for mark in record.read(module).marks if mark.mechanism == "hook"]
-    drops = next((mark.term for mark in marks if isinstance(mark.term, Dropout)), None)
+    drops = next((mark for mark in marks if isinstance(mark.term, Dropout)), None)
     sees = any(isinstance(mark.term, Timed) for mark in marks)
     before = _keys(module)
     _keep(module, SEEN, Seen() if sees else None)
@@ -47,19 +49,29 @@ def _keys(module: nn.Module) -> set[object]:
     return {*module._forward_hooks.items(), *module._forward_pre_hooks.items()}
 
 
-def _sync_dropout(module: nn.Module, term: Dropout | None) -> None:
-    for key in (_RATE, _KIND):
+def _sync_dropout(module: nn.Module, mark: Mark | None) -> None:
+    for key in (_RATE, _KIND, _FACTOR):
         module.__dict__.pop(key, None)
-    before = after = None
-    if term is not None and term.kind is nn.Dropout:
-        module.__dict__[_RATE] = term.p
-        before, after = drop_input, drop_output
-    elif term is not None:  # beside the children, not among them: nobody's submodule
+    before = after = at = None
+    if mark is not None and isinstance(mark.term, Dropout):
+        at = mark.term.at
+        before, after = _prepare(module, mark.term, record.read(module).factor(mark))
+    _hook(module._forward_pre_hooks, HOOK, before if at == "input" else None)
+    _hook(module._forward_hooks, HOOK, None if at == "input" else after)
+
+
+def _prepare(module: nn.Module, term: Dropout, factor: Factor | None) -> tuple[Any, Any]:
+    """Puts what the hooks read on the module; the hook before the layer and the one behind it."""
+    if factor is not None:
+        module.__dict__[_FACTOR] = factor
+    if term.kind is not nn.Dropout:  # beside the children, not among them: nobody's submodule
         module.__dict__[_KIND] = term.kind(term.p)
-        before, after = drop_input_by_kind, drop_output_by_kind
-    at_input = term is not None and term.at == "input"
-    _hook(module._forward_pre_hooks, HOOK, before if at_input else None)
-    _hook(module._forward_hooks, HOOK, None if at_input else after)
+        module.__dict__[_RATE] = term.p
+        return drop_input_by_kind, drop_output_by_kind
+    module.__dict__[_RATE] = term.p
+    if factor is not None:
+        return drop_input_scheduled, drop_scheduled
+    return drop_input, drop_output
 
 
 def _keep(module: nn.Module, key: str, fresh: Any) -> None:
@@ -115,6 +127,50 @@ def drop_output(module: nn.Module, args: Tuple[Tensor], output: Tensor) -> Tenso
     return output
 
 
+def drop_scheduled(module: nn.Module, args: Any, output: Any) -> Any:
+    """A forward hook: dropout at the layer's rate times its factor of the moment."""
+    if not module.training:
+        return output
+    _require_tensor(module, output)
+    return scheduled(output, module.__dict__[_RATE], module.__dict__[_FACTOR])
+
+
+def drop_input_scheduled(module: nn.Module, args: Any) -> Any:
+    """A forward pre-hook: the same before the layer."""
+    if not module.training:
+        return args
+    _require_input(module, args)
+    return (scheduled(args[0], module.__dict__[_RATE], module.__dict__[_FACTOR]), *args[1:])
+
+
+class ScheduledDropout(nn.Dropout):
+    """An inserted dropout whose rate a schedule moves."""
+
+    def __init__(self, p: float, factor: Factor) -> None:
+        super().__init__(p)
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Dropout at the rate times the factor of the moment."""
+        return scheduled(x, self.p, self.factor) if self.training else x
+
+
+def scheduled(x: Tensor, rate: float, factor: Factor) -> Tensor:
+    """Dropout at a rate that moves, without compiling anew for each value."""
+    if torch.compiler.is_compiling():
+        # A float rate is compiled in, anew for each value (and refused at the eighth); F.dropout
+        # takes no tensor. A mask drawn by hand against a tensor is one graph for all rates.
+        return _drawn(x, rate * factor.tensor)
+    return F.dropout(x, rate * factor.value, True)
+
+
+def _drawn(output: Tensor, rate: Tensor) -> Tensor:
+    rate = rate.to(output.device, torch.float32)
+    # float32, since half precision draws numbers in steps of 1/256 (bfloat16)
+    drawn = torch.rand(output.shape, device=output.device, dtype=torch.float32)
+    return output * ((drawn >= rate) / (1 - rate)).to(output.dtype)
+
+
 def drop_input(module: nn.Module, args: Tuple[Tensor]) -> Tuple[Tensor]:  # noqa: UP006
     """A forward pre-hook, as TorchScript takes it: the same before the layer."""
     if module.training:
@@ -143,6 +199,10 @@ def drop_input_by_kind(module: nn.Module, args: Any) -> Any:
 
 def _kind_of(module: nn.Module) -> nn.Module:
     kind: nn.Module = module.__dict__[_KIND]
+    factor = module.__dict__.get(_FACTOR)
+    name = rate_of(kind)
+    if factor is not None and name is not None:
+        kind.__dict__[name] = module.__dict__[_RATE] * factor.value
     return kind.train(module.training)
 
 

@@ -385,3 +385,13 @@ def _split(weight: Tensor) -> tuple[Tensor, Tensor]:
 def _only_ours(module: nn.Module) -> Iterator[str]:
     """The names of the tensors that nobody else has parametrized."""
     return (name for name in sites.parametrized(module) if not sites.is_foreign(module, name))
+
+
+def move(module: nn.Module) -> None:
+    """Gives the masks of the module the rate that a schedule has brought them to."""
+    held = record.read(module)
+    for mark in held.marks:
+        factor = held.factor(mark)
+        if factor is not None and isinstance(mark.term, DropConnect):
+            for mask in filter(sites.is_mask, sites.chain(module, mark.site)):
+                mask.__dict__["p"] = mark.term.p * factor.value
