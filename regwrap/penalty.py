@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from regwrap import identity, record, sites
 from regwrap.errors import RegwrapWarning
+from regwrap.fastpath import Strength, applies, penalty_sum
 from regwrap.record import Factor, Mark, Record, Reference
 from regwrap.seen import SEEN, Read, Seen
-from regwrap.terms import L1, WeightTerm
+from regwrap.terms import L1, L2, WeightTerm
 
 
 def reg_loss(model: nn.Module) -> Tensor:
@@ -30,7 +31,7 @@ def reg_loss(model: nn.Module) -> Tensor:
         nothing acts.
     """
     root = settled(model)
-    total = _total(live.value() for live in _unnamed(root))
+    total = _total(_values(_unnamed(root)))
     return _zero(root) if total is None else total
 
 
@@ -62,6 +63,26 @@ def _first_names(root: nn.Module) -> dict[int, str]:
             if own is not None:
                 names.setdefault(id(own), f"{node.path}.{name}" if node.path else name)
     return names
+
+
+def _values(lives: Iterable[Live]) -> Iterator[Tensor]:
+    """The penalties, those of plain tensors by L1 and L2 as one sum."""
+    together: dict[int, tuple[Tensor, list[Strength]]] = {}
+    scaled: dict[tuple[float, int], Tensor] = {}
+    for live in lives:
+        if live.tensor is None or not live.is_plain:
+            yield live.value()
+            continue
+        strength: Strength = live.term.strength
+        if live.scheduled is not None:  # one tensor for all of equal strength: they share a bucket
+            key = (live.term.strength, id(live.scheduled))
+            strength = scaled.setdefault(key, live.term.strength * live.scheduled.tensor)
+        _, strengths = together.setdefault(id(live.tensor), (live.tensor, [0.0, 0.0]))
+        strengths[isinstance(live.term, L2)] = strength
+    if together:
+        tensors, strengths_of = zip(*together.values(), strict=True)
+        l1, l2 = zip(*strengths_of, strict=True)
+        yield penalty_sum(tensors, l1, l2)
 
 
 def _total(values: Iterable[Tensor]) -> Tensor | None:
@@ -126,6 +147,12 @@ class Live:
         """The penalty; where the weight is distributed, so may it be."""
         value = self._unscheduled()
         return value if self.scheduled is None else value * self.scheduled.tensor.to(value)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is an L1 or L2 of a tensor that the fast path takes."""
+        plain = isinstance(self.term, L1 | L2) and not self.factors
+        return plain and self.tensor is not None and applies(self.tensor)
 
     def _unscheduled(self) -> Tensor:
         if self.tensor is None:
