@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from regwrap.planning.claims import Claims
-from regwrap.planning.dropouts import claim_calls, is_linear, release
+from regwrap.planning.dropouts import claim_calls, release
 from regwrap.planning.reach import Reach, claim_parameters
 from regwrap.planning.survey import CALL, OUTPUT, Survey
 from regwrap.record import Rule
@@ -24,7 +24,7 @@ def _clear(survey: Survey, claims: Claims, rule: Rule, reach: Reach) -> int:
     drops = any(key[0] == CALL and held for key, held in claims.held.items())
     for node in reach.modules:
         module = id(node.module)
-        if drops and is_linear(node.module):
+        if drops:
             release(survey, claims, rule, node.module)
         for key in (*survey.keys[module].values(), (CALL, module), (OUTPUT, module)):
             claims.clear(key, rule)

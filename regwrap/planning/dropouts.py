@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from regwrap import graph, record, sites
 from regwrap.errors import PolicyError, RegwrapWarning
@@ -43,24 +44,46 @@ def claim_calls(survey: Survey, claims: Claims, rule: Rule, reach: Reach) -> int
 
 def release(survey: Survey, claims: Claims, rule: Rule, module: nn.Module) -> None:
     """Clears what acts for a layer, wherever it lies."""
-    for acting in _acting(survey, module):
-        claims.clear((CALL, id(acting)), rule)
+    _refuse_owner_above(survey, rule, module)
+    claims.clear((CALL, id(module)), rule)
+    for elsewhere in _elsewhere(survey, claims, module):
+        claims.clear((CALL, id(elsewhere)), rule)
 
 
 def _take(survey: Survey, claims: Claims, rule: Rule, layer: nn.Module, place: Place) -> None:
-    for acting in _acting(survey, layer):
-        if acting is not place.module:  # an earlier rule put it elsewhere
-            claims.displace((CALL, id(acting)), ("Dropout",), rule)
+    for acting in (layer, *_elsewhere(survey, claims, layer)):
+        if acting is not place.module:  # an earlier rule put it there
+            claims.displace((CALL, id(acting)), _FAMILY, rule)
     assert rule.term is not None
     owners = ((place.module, CALL),)
     claim = Claim(CALL, rule.term, rule, place.mechanism, owners, note=place.note)
     claims.take((CALL, id(place.module)), claim)
 
 
-def _acting(survey: Survey, layer: nn.Module) -> list[nn.Module]:
-    """The modules on which a Dropout of this layer may lie."""
+_FAMILY = ("Dropout",)
+
+
+def _elsewhere(survey: Survey, claims: Claims, layer: nn.Module) -> list[nn.Module]:
+    """The modules on which a Dropout of this layer lies, and not one of their own."""
     others = (_existing(survey, layer), _activation_module(survey, layer))
-    return [layer, *(m for m in others if m is not None)]
+    found = {id(m): m for m in others if m is not None}
+    held = {i: claims.held.get((CALL, i), {}).get(_FAMILY) for i in found}
+    return [found[i] for i, c in held.items() if c is not None and _serves(c, survey, layer)]
+
+
+def _serves(claim: Claim, survey: Survey, layer: nn.Module) -> bool:
+    """Whether the claim was made for the layer, whose path may have grown since."""
+    told = claim.note.partition(":")[0]
+    paths = (f".{path}" for path in survey.names[id(layer)])
+    return told.startswith(_FOR) and any(p.endswith(f".{told[len(_FOR):]}") for p in paths)
+
+
+_FOR = "for "
+
+
+def _place_for(survey: Survey, layer: nn.Module, module: nn.Module, how: str, note: str) -> Place:
+    """A place on another module than the layer; the note says which layer it serves."""
+    return Place(module, how, f"{_FOR}{_path(survey, layer)}: {note}")
 
 
 # --- which layers -------------------------------------------------------------------------------
@@ -139,8 +162,20 @@ def _refuse_idle(survey: Survey, rule: Rule, layers: list[nn.Module]) -> None:
 
 
 def _is_idle(survey: Survey, module: nn.Module) -> bool:
+    """Whether the model has code, all of it is known, and none of it calls the layer."""
     verdict = survey.verdict(module)
-    return id(module) in survey.idle or (verdict is not None and verdict.never_called)
+    unseen = verdict is not None and verdict.never_called and _has_body_above(survey, module)
+    return id(module) in survey.idle or unseen
+
+
+def _has_body_above(survey: Survey, module: nn.Module) -> bool:
+    """Whether any module that holds this one has a forward: a ModuleDict's parts run elsewhere."""
+    above = {p.rpartition(".")[0] for p in survey.names[id(module)] if p}
+    while above:
+        if any(survey.is_called(survey.model.get_submodule(path)) for path in above):
+            return True
+        above = {p.rpartition(".")[0] for p in above if p}
+    return False
 
 
 # --- where it acts ------------------------------------------------------------------------------
@@ -156,10 +191,8 @@ def _place(survey: Survey, rule: Rule, layer: nn.Module) -> Place:
         return _behind_activation(survey, rule, layer)
     if term.p == 0:
         return Place(layer, None, "rate 0: installs nothing")
-    existing = _existing(survey, layer)
-    if term.at == "output" and term.kind is nn.Dropout and existing is not None:
-        return Place(existing, "direct", f"replaces a Dropout's rate, for {_path(survey, layer)}")
-    return _by_fx_or_hook(survey, layer, "")
+    replaced = _replaced(survey, layer, term) if term.at == "output" else None
+    return replaced or _by_fx_or_hook(survey, layer, term)
 
 
 def _refuse_owner_above(survey: Survey, rule: Rule, layer: nn.Module) -> None:
@@ -173,15 +206,19 @@ def _refuse_owner_above(survey: Survey, rule: Rule, layer: nn.Module) -> None:
         )
 
 
-def _by_fx_or_hook(survey: Survey, layer: nn.Module, note: str) -> Place:
+def _by_fx_or_hook(survey: Survey, layer: nn.Module, term: Dropout) -> Place:
     verdict = survey.verdict(layer)
-    if verdict is not None and verdict.by_fx:
-        return Place(layer, "fx", note)
-    why = "the layer is the model itself" if verdict is None else verdict.reason
-    notes = [n for n in (note, f"not by fx: {why}" if why else "") if n]
-    if verdict is not None and _stacks(survey, layer):
+    by_fx = verdict is not None and verdict.by_fx
+    notes = [] if by_fx else [f"not by fx: {_why_not_fx(verdict)}"]
+    if term.at != "input" and verdict is not None and _stacks(survey, verdict, term):
         notes.append("stacked on a Dropout that follows")
-    return Place(layer, "hook", "; ".join(notes))
+    return Place(layer, "fx" if by_fx else "hook", "; ".join(notes))
+
+
+def _why_not_fx(verdict: graph.Verdict | None) -> str:
+    if verdict is None:
+        return "the layer is the model itself"
+    return verdict.reason or "no code of the model calls it"
 
 
 def _behind_activation(survey: Survey, rule: Rule, layer: nn.Module) -> Place:
@@ -191,21 +228,18 @@ def _behind_activation(survey: Survey, rule: Rule, layer: nn.Module) -> Place:
     if not found or any(a is None for a in found):
         raise PolicyError(_no_activation(survey, rule, layer, calls))
     assert isinstance(rule.term, Dropout)
-    existing = _existing(survey, layer)
     if rule.term.p == 0:
         return Place(layer, None, "rate 0: installs nothing")
-    if existing is not None and rule.term.kind is nn.Dropout:
-        return Place(existing, "direct", f"replaces a Dropout's rate, for {_path(survey, layer)}")
+    replaced = _replaced(survey, layer, rule.term)
     assert verdict is not None
-    if verdict.by_fx:
-        return Place(layer, "fx")
+    if replaced is not None or verdict.by_fx:
+        return replaced or _by_fx_or_hook(survey, layer, rule.term)
+    why = f"not by fx: {verdict.reason}"
     module = _activation_module(survey, layer)
     if module is not None:
-        note = f"behind {_path(survey, layer)}; not by fx: {verdict.reason}"
-        return Place(module, "hook", note)
+        return _place_for(survey, layer, module, "hook", f"behind its activation; {why}")
     if all(a is not None and a.commutes for a in found):
-        note = "before the activation, which is the same; "
-        return Place(layer, "hook", f"{note}not by fx: {verdict.reason}")
+        return Place(layer, "hook", f"before the activation, which is the same; {why}")
     raise PolicyError(_no_activation(survey, rule, layer, calls))
 
 
@@ -223,11 +257,25 @@ def _no_activation(survey: Survey, rule: Rule, layer: nn.Module, calls: list[gra
     )
 
 
+def _replaced(survey: Survey, layer: nn.Module, term: Dropout) -> Place | None:
+    """The model's own dropout that is given the rate, in place of a second one behind it."""
+    existing = _existing(survey, layer)
+    if existing is None or not _is_alike(existing, term) or rate_of(existing) is None:
+        return None
+    return _place_for(survey, layer, existing, "direct", "replaces a Dropout's rate")
+
+
+def _is_alike(existing: nn.Module, term: Dropout) -> bool:
+    """Whether the dropout drops what the term's would: a DropPath drops whole samples."""
+    drops_elements = type(existing).__name__.lower().endswith("dropout")
+    stock = isinstance(existing, _DropoutNd)
+    return type(existing) is term.kind or (term.kind is nn.Dropout and (drops_elements or stock))
+
+
 def _existing(survey: Survey, layer: nn.Module) -> nn.Module | None:
-    """The model's own Dropout that follows every call of the layer and serves it alone."""
-    return _alone(
-        survey, layer, [c.dropout.module if c.dropout else None for c in _calls(survey, layer)]
-    )
+    """The model's own dropout that follows every call of the layer and serves it alone."""
+    calls = _calls(survey, layer)
+    return _alone(survey, layer, [c.dropout.module if c.dropout else None for c in calls])
 
 
 def _activation_module(survey: Survey, layer: nn.Module) -> nn.Module | None:
@@ -258,11 +306,12 @@ def _alone(survey: Survey, layer: nn.Module, names: list[str | None]) -> nn.Modu
     return module if once and readable else None
 
 
-def _stacks(survey: Survey, layer: nn.Module) -> bool:
+def _stacks(survey: Survey, verdict: graph.Verdict, term: Dropout) -> bool:
     """Whether a Dropout follows that could not be taken in place of another."""
-    verdict = survey.verdict(layer)
-    assert verdict is not None
-    return any(call.dropout is not None for site in verdict.sites for call in site.calls)
+    found = [(site, c.dropout) for site in verdict.sites for c in site.calls if c.dropout]
+    names = [join(site.owner, dropout.module) for site, dropout in found if dropout.module]
+    alike = [_is_alike(survey.model.get_submodule(name), term) for name in names]
+    return any(alike) or len(names) < len(found)  # the others are functions
 
 
 def _path(survey: Survey, module: nn.Module) -> str:

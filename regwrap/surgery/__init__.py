@@ -175,6 +175,7 @@ def _owns_reg_loss(root: nn.Module) -> bool:
 def revert(root: nn.Module) -> None:
     """Takes back everything at and beneath the module, on copies of a model too."""
     changed = False
+    _refuse_owner_above(root)
     sharded = sites.sharded(root)
     for path, module in root.named_modules():
         if id(module) in sharded and sites.changed(module):
@@ -191,6 +192,30 @@ def revert(root: nn.Module) -> None:
         identity.unsplice(module, RegularizedMixin)
     if changed:
         _forget_compiled()
+
+
+def _refuse_owner_above(root: nn.Module) -> None:
+    """Refuses to forget a Dropout that would go on acting, in the code of a module above."""
+    within: set[int] = set()
+    for module in root.modules():
+        found = fx.rewritten(module)
+        for insert in () if found is None else found.inserts:
+            # all beneath: a LoRA layer may have taken the place of the one it wraps
+            within.update(map(id, _beneath(module, insert.child)))
+    for path, module in root.named_modules():
+        if id(module) not in within and any(m.mechanism == "fx" for m in record.read(module).marks):
+            raise PolicyError(
+                f"The Dropout of {path or 'the model itself'!r} ({type(module).__name__}) is in "
+                "the code of a module above the one given; call unregularize on the model that "
+                "was regularized first."
+            )
+
+
+def _beneath(owner: nn.Module, child: str) -> Iterable[nn.Module]:
+    try:
+        return owner.get_submodule(child).modules()
+    except AttributeError:  # taken out since
+        return ()
 
 
 _warned = False
