@@ -9,12 +9,20 @@ import pytest
 
 import regwrap as rw
 
+MODULES = [
+    "regwrap",
+    "regwrap.recipes",
+    "regwrap.integrations.lightning",
+    "regwrap.integrations.transformers",
+    "regwrap.integrations.tensorboard",
+]
+
 
 def test_pdoc_renders_every_public_name(tmp_path):
     pytest.importorskip("pdoc")
     tested = str(Path(rw.__file__).parent.parent)
     done = subprocess.run(
-        [sys.executable, "-m", "pdoc", "--docformat", "google", "-o", str(tmp_path), "regwrap"],
+        [sys.executable, "-m", "pdoc", "--docformat", "google", "-o", str(tmp_path), *MODULES],
         capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": tested},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -23,5 +31,5 @@ def test_pdoc_renders_every_public_name(tmp_path):
     for name in rw.__all__:
         assert f'id="{name}"' in page
         assert getattr(rw, name).__doc__
-    for module in ("recipes", "integrations/lightning", "integrations/transformers"):
-        assert (tmp_path / "regwrap" / f"{module}.html").exists()
+    for module in MODULES[1:]:
+        assert (tmp_path / f"{module.replace('.', '/')}.html").exists()
