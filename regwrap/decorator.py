@@ -51,8 +51,8 @@ def regularized(rules: Any, *, strict: bool = True) -> Callable[[C], C]:
     def decorate(cls: C) -> C:
         if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
             raise TypeError(
-                f"@regularized decorates a class of nn.Module, not {brief(cls)}; for an object write "
-                "regwrap.regularize(model, rules)."
+                f"@regularized decorates a class of nn.Module, not {brief(cls)}; for an object "
+                "write regwrap.regularize(model, rules)."
             )
         layers = cls.__dict__.get(_LAYERS, ())
         setattr(cls, _LAYERS, (*layers, layer))

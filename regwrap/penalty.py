@@ -145,8 +145,9 @@ def _notice_lost(root: nn.Module, found: list[nn.Module]) -> None:
     lost = 0 if census is None else census.lost(root, found)
     if lost:
         warnings.warn(
-            f"Modules of {type(root).__name__} that had a policy have been replaced since regularize "
-            f"({lost} of them): their penalties and dropouts are gone; call regularize again.",
+            f"Modules of {type(root).__name__} that had a policy have been replaced since "
+            f"regularize ({lost} of them): their penalties and dropouts are gone; "
+            "call regularize again.",
             RegwrapWarning,
             stacklevel=4,
         )

@@ -278,6 +278,9 @@ class _Scope:
         )
 
 
+_SPELLED = ("no_weight_decay", "no_weight_decay_keywords")
+
+
 def _scopes(tree: list[Node]) -> list[tuple[_Scope, ...]]:
     """The scopes in which each node lies: its own, if it spells one, and those above it."""
     plain: set[type] = set()  # classes seen to spell nothing: getattr_static is slow
@@ -291,12 +294,12 @@ def _scopes(tree: list[Node]) -> list[tuple[_Scope, ...]]:
 
 def _own_scope(node: Node, plain: set[type]) -> _Scope | None:
     cls, own = type(node.module), node.module.__dict__
-    if cls in plain and "no_weight_decay" not in own and "no_weight_decay_keywords" not in own:
+    if cls in plain and not any(name in own for name in _SPELLED):
         return None
-    names = _spelled(node, "no_weight_decay")
-    keywords = _spelled(node, "no_weight_decay_keywords")
+    names, keywords = (_spelled(node, name) for name in _SPELLED)
     if names is None and keywords is None:
-        plain.add(cls)
+        if not any(name in vars(base) for base in cls.__mro__ for name in _SPELLED):
+            plain.add(cls)  # a property may say nothing here and something of another instance
         return None
     prefix = f"{node.path}." if node.path else ""
     return _Scope(prefix, _strings(names), _strings(keywords), everything=names is True)

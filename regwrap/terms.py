@@ -463,8 +463,7 @@ class Penalty(_Timed):
         except Exception as error:
             raise PolicyError(
                 f"{self!r} cannot be pickled because its function {brief(self.fn)} cannot "
-                f"({error}); "
-                "define the function at the top level of a module."
+                f"({error}); define the function at the top level of a module."
             ) from error
         return self.__dict__
 

@@ -233,6 +233,20 @@ def test_what_is_compiled_elsewhere_is_reset_with_a_warning_once(
     assert torch.equal(run(compiled, case, seed=1), run(compiled, case, seed=2))
 
 
+def test_a_dropout_that_changes_no_class_acts_in_what_is_compiled() -> None:
+    """The root has its class from the penalty: nothing that dynamo looks at changes any more."""
+    torch.compiler.reset()
+    case = BY_NAME["mlp"]
+    model = rw.regularize(case.build(), L2(1e-3))
+    compiled = torch.compile(model, backend="eager")
+    for _ in range(2):
+        with told():
+            assert torch.equal(run(compiled, case, seed=1), run(compiled, case, seed=2))
+            rw.regularize(model, Dropout(0.9))
+            assert not torch.equal(run(compiled, case, seed=1), run(compiled, case, seed=2))
+            rw.regularize(model, {"": None})
+
+
 def test_penalties_alone_leave_what_is_compiled_alone() -> None:
     torch.compiler.reset()
     case = BY_NAME["mlp"]

@@ -128,6 +128,20 @@ def test_the_attribute_is_the_function(case: Case) -> None:
         assert torch.equal(model.reg_loss, rw.reg_loss(model))
 
 
+def test_a_name_that_the_model_assigns_is_the_models() -> None:
+    case = BY_NAME["assigns_reg_loss"]
+    plain, model = case.build(), rw.regularize(case.build(), L2(1e-3))
+    assert torch.equal(model.reg_loss, rw.reg_loss(model))
+    run(plain, case)
+    with pytest.warns(rw.RegwrapWarning, match="has a reg_loss of its own"):
+        run(model, case)
+    run(model, case)  # told once
+    assert torch.equal(model.reg_loss, plain.reg_loss)
+    assert torch.equal(copy.deepcopy(model).reg_loss, plain.reg_loss)
+    halves = sum(w.square().sum() for w in model.parameters() if w.dim() > 1)
+    torch.testing.assert_close(rw.reg_loss(model), 5e-4 * halves)
+
+
 @every_case
 def test_reg_loss_reads_the_live_weights(case: Case) -> None:
     """After steps of an optimizer, another dtype, other values, with other things frozen."""

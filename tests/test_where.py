@@ -48,11 +48,11 @@ class Net(nn.Module):
 NET = Net()
 
 
-def reached(where: Any, term: Any = L2(0.1), model: nn.Module = NET) -> list[str]:
-    """The sites that a rule reaches, as dotted names."""
+def reached(where: Any, term: Any = None, model: nn.Module = NET) -> list[str]:
+    """The sites that a rule reaches, as dotted names; by default that of an L2."""
     return [
         f"{row['path']}.{row['site']}".lstrip(".")
-        for row in rw.plan(model, {where: term}).rows()
+        for row in rw.plan(model, {where: term or L2(0.1)}).rows()
         if row["term"] is not None
     ]
 
