@@ -17,13 +17,14 @@ from regwrap.record import HOOK
 class MCPrediction(NamedTuple):
     """What `mc_predict` returns; entropies are in nats, None for regression."""
 
-    mean: Tensor
+    # torch.Tensor, not Tensor: tools that read a NamedTuple look for its names elsewhere
+    mean: torch.Tensor
     """Of the probabilities, or of the outputs for regression."""
-    std: Tensor
+    std: torch.Tensor
     """Their sample standard deviation over the n passes."""
-    entropy: Tensor | None
+    entropy: torch.Tensor | None
     """Of the mean: the total uncertainty."""
-    mutual_information: Tensor | None
+    mutual_information: torch.Tensor | None
     """The entropy less the passes' mean entropy: the model's share of it, >= 0."""
 
 

@@ -15,6 +15,8 @@ from torch import nn
 from regwrap.errors import brief
 
 Predicate = Callable[[str, nn.Module], bool]
+ModuleClass = type[nn.Module]
+"""By another name, because in `Where` the word `type` is a field."""
 
 _BRACES = re.compile(r"\{(\d+\.\.\d+|[^{}]*,[^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
@@ -39,7 +41,7 @@ class Where:
     """
 
     path: str | None = None
-    type: type[nn.Module] | None = dataclass_field(default=None, kw_only=True)
+    type: ModuleClass | None = dataclass_field(default=None, kw_only=True)
     regex: re.Pattern[str] | None = dataclass_field(default=None, kw_only=True)
     predicate: Predicate | None = dataclass_field(default=None, kw_only=True)
 
