@@ -7,6 +7,7 @@ import math
 import numbers
 import pickle
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -33,6 +34,13 @@ def _sum_of_squares(w: Tensor) -> Tensor:
     # Not a norm: on a CPU torch.linalg.vector_norm over a whole tensor adds up naively in float32
     # (37 % off at 1e8 elements); sum() cascades.
     return _real(w).square().sum()
+
+
+def _without_autocast(w: Tensor) -> AbstractContextManager[Any]:
+    device = w.device.type
+    if torch.amp.is_autocast_available(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 def _number(owner: str, name: str, value: object, *, below: float = math.inf) -> float:
@@ -323,14 +331,17 @@ class GroupLasso(WeightTerm):
         """Strength * sum over groups of sqrt(elements) * norm2."""
         groups = self.grouped(w)
         squares = _real(groups).square().flatten(1).sum(1)
-        # sqrt has no finite gradient at zero: a group of zeros takes the subgradient zero.
-        norms = torch.where(squares > 0, squares, 1).sqrt() * (squares > 0)
+        # sqrt has no finite gradient at zero: a group of zeros takes the subgradient zero. Not
+        # `squares > 0`: a group that has turned NaN must not count as one of zeros.
+        norms = torch.where(squares == 0, 1, squares).sqrt() * (squares != 0)
         return self.strength * math.sqrt(groups.shape[1]) * norms.sum()
 
     def grouped(self, w: Tensor) -> Tensor:
         """`w` as (groups, elements of a group)."""
         units = w.movedim(self.dim, 0)
-        return units.reshape(units.shape[0] // self.size, -1)
+        # not reshape(groups, -1), which a tensor without elements leaves open
+        groups = units.shape[0] // self.size
+        return torch.unflatten(units, 0, (groups, self.size)).flatten(1)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -355,13 +366,14 @@ class Orthogonal(WeightTerm):
 
     def value(self, w: Tensor, reference: Tensor | None = None) -> Tensor:
         """Strength * the mean absolute cosine between different rows."""
-        rows = w.reshape(w.shape[0], -1).to(torch.promote_types(w.dtype, torch.float32))
+        rows = w.flatten(1).to(torch.promote_types(w.dtype, torch.float32))
         count = rows.shape[0]
         if count < 2:
             return 0.0 * _real(w).sum()
         squares = (rows * rows.conj()).real.sum(1, keepdim=True)
         rows = rows * squares.clamp_min(1e-12).rsqrt()  # Keras' own epsilon
-        cosines = rows @ rows.mH
+        with _without_autocast(rows):  # which would multiply in halves
+            cosines = rows @ rows.mH
         off = cosines - torch.diag_embed(torch.diagonal(cosines))
         return self.strength * off.abs().sum() / (count * (count - 1))
 
