@@ -8,6 +8,7 @@ import math
 import numbers
 import pickle
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -36,6 +37,13 @@ def _sum_of_squares(w: Tensor) -> Tensor:
     # Not a norm: on a CPU torch.linalg.vector_norm over a whole tensor adds up naively in float32
     # (37 % off at 1e8 elements); sum() cascades.
     return _real(w).square().sum()
+
+
+def _without_autocast(w: Tensor) -> AbstractContextManager[Any]:
+    device = w.device.type
+    if torch.amp.is_autocast_available(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 def _number(owner: str, name: str, value: object, *, below: float = math.inf) -> float:
@@ -412,8 +420,7 @@ def _rows(w: Tensor, dim: int, size: int = 1) -> Tensor:
     """`w` as rows of `size` consecutive units along `dim`."""
     units = w.movedim(dim, 0)
     # not reshape(rows, -1), which a tensor without elements leaves open
-    count = units.shape[0] // size
-    return units.reshape(count, size, *units.shape[1:]).flatten(1)
+    return torch.unflatten(units, 0, (units.shape[0] // size, size)).flatten(1)
 
 
 def _write_rows(w: Tensor, dim: int, rows: Tensor) -> None:
@@ -450,7 +457,8 @@ class Orthogonal(WeightTerm):
             return 0.0 * _real(w).sum()
         squares = (rows * rows.conj()).real.sum(1, keepdim=True)
         rows = rows * squares.clamp_min(1e-12).rsqrt()  # Keras' own epsilon
-        cosines = rows @ rows.mH
+        with _without_autocast(rows):  # which would multiply in halves
+            cosines = rows @ rows.mH
         off = cosines - torch.diag_embed(torch.diagonal(cosines))
         return self.strength * off.abs().sum() / (count * (count - 1))
 
