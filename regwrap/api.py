@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from regwrap import figures, penalty, planning, sites, surgery, table
+from regwrap.errors import brief
 from regwrap.record import Policy
 
 M = TypeVar("M", bound=nn.Module)
@@ -90,8 +91,8 @@ def summary(
 def _module(model: object, rules: object, name: str) -> nn.Module:
     if isinstance(model, type) or not isinstance(model, nn.Module):
         raise TypeError(
-            f"{name}(model, rules) needs an nn.Module, not {model!r}; to regularize every instance "
-            "of a class, decorate it with @regwrap.regularized(rules)."
+            f"{name}(model, rules) needs an nn.Module, not {brief(model)}; to regularize every "
+            "instance of a class, decorate it with @regularized(rules)."
         )
     if rules is _MISSING:
         raise TypeError(f"{name}(model, rules) needs rules, such as L2(1e-4) or {{'head': None}}.")

@@ -1,5 +1,7 @@
 """What regwrap raises and warns with."""
 
+_ENOUGH = 80
+
 
 class RegwrapError(Exception):
     """The root of every error of regwrap."""
@@ -15,3 +17,9 @@ class PolicyError(RegwrapError, ValueError):
 
 class RegwrapWarning(UserWarning):
     """The category of everything that regwrap only warns about."""
+
+
+def brief(value: object) -> str:
+    """The repr of a value on one line of bearable length: a model's is a page."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= _ENOUGH else f"{text[: _ENOUGH - 3]}..."

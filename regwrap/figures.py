@@ -85,9 +85,12 @@ def _rates(module: nn.Module) -> Iterator[str]:
     """The module's own rates: a Dropout's `p`, timm's `drop_prob`, attributes of MHA and RNNs."""
     dropping = "drop" in type(module).__name__.lower()
     for name, value in vars(module).items():
-        is_rate = isinstance(value, float) and not isinstance(value, bool)
-        if is_rate and ((dropping and name == "p") or "drop" in name):
-            yield f"{type(module).__name__}({value:g})" if dropping else f"{name}={value:g}"
+        if not isinstance(value, float | int) or isinstance(value, bool):
+            continue
+        if dropping and (name == "p" or "drop" in name):
+            yield f"{type(module).__name__}({value:g})"
+        elif "drop" in name and 0 < value < 1:  # one of 0 regularizes nothing
+            yield f"{name}={value:g}"
 
 
 def _machinery(module: nn.Module, name: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import copyreg
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -12,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from regwrap import identity, record, sites
 from regwrap.errors import RegwrapWarning
@@ -45,7 +43,7 @@ def penalties(model: nn.Module, *, attached: bool = False) -> dict[str, Tensor]:
         attached: lists what an optimizer carries too (`attach`), which `reg_loss` leaves out.
     """
     root = settled(model)
-    first = {id(p): name for name, p in root.named_parameters()}  # of a tied one, its first name
+    first = _first_names(root)
     found: dict[str, Tensor] = {}
     for live in _live(root, root.named_modules(), attached=attached):
         path = first.get(id(live.tensor), live.path)
@@ -56,9 +54,20 @@ def penalties(model: nn.Module, *, attached: bool = False) -> dict[str, Tensor]:
 
 def weights(root: nn.Module) -> dict[str, Tensor]:
     """Every weight that a penalty acts on, in the loss or in a step, keyed as in `penalties`."""
-    first = {id(p): name for name, p in root.named_parameters()}
+    first = _first_names(root)
     every = _live(root, root.named_modules(), attached=True)
     return {first.get(id(live.tensor), live.path): live.tensor for live in every}
+
+
+def _first_names(root: nn.Module) -> dict[int, str]:
+    """Of every parameter its first name; without those inside parametrizations, no sites."""
+    names: dict[int, str] = {}
+    for node in sites.nodes(root):
+        for name in sites.parameter_names(node.module):
+            own = sites.own(node.module, name)
+            if own is not None:
+                names.setdefault(id(own), f"{node.path}.{name}" if node.path else name)
+    return names
 
 
 def _add(a: Tensor | None, b: Tensor) -> Tensor:
@@ -66,7 +75,7 @@ def _add(a: Tensor | None, b: Tensor) -> Tensor:
 
 
 def _zero(root: nn.Module) -> Tensor:
-    own = [p for p in root.parameters() if not is_lazy(p)]
+    own = [p for p in root.parameters() if not sites.is_lazy(p)]
     wide = any(p.dtype in (torch.float64, torch.complex128) for p in own)
     device = own[0].device if own else None
     return torch.zeros((), dtype=torch.float64 if wide else torch.float32, device=device)
@@ -122,19 +131,19 @@ def _live(
             if before is None:
                 seen[key] = len(found)
                 found.append((live, mark.rule.order))
-            elif mark.rule.order > found[before][1]:  # tied since: the later rule holds
+            elif mark.rule.order >= found[before][1]:  # tied since: the later rule holds
                 found[before] = (live, mark.rule.order)
     return (live for live, _ in found)
 
 
 def _identity(module: nn.Module, site: str) -> tuple[object, ...]:
-    own = module._parameters.get(site)
+    own = sites.own(module, site)
     return (id(own),) if own is not None else (id(module), site)
 
 
 def _look(path: str, module: nn.Module, mark: Mark, held: Record) -> Live | None:
     stored = sites.stored(module, mark.site)
-    if any(is_lazy(t) for t in stored):
+    if any(sites.is_lazy(t) for t in stored):
         return None
     counts = not stored or not all(_is_frozen(t) for t in stored)
     tensor = stored[0] if not counts else sites.read(module, mark.site)
@@ -156,8 +165,9 @@ def _notice_lost(root: nn.Module, found: list[nn.Module]) -> None:
     lost = 0 if census is None else census.lost(root, found)
     if lost:
         warnings.warn(
-            f"{lost} modules of {type(root).__name__} that had a policy have been replaced since "
-            "regularize: their penalties and dropouts are gone; call regularize again.",
+            f"Modules of {type(root).__name__} that had a policy have been replaced since "
+            f"regularize ({lost} of them): their penalties and dropouts are gone; "
+            "call regularize again.",
             RegwrapWarning,
             stacklevel=4,
         )
@@ -178,6 +188,16 @@ def settle(root: nn.Module) -> None:
             pending.settle(module)
 
 
+def warn_of_own_reg_loss(root: nn.Module) -> None:
+    """Says where the penalties of a model are whose `reg_loss` is something else."""
+    warnings.warn(
+        f"{type(root).__name__} has a reg_loss of its own, which it keeps; read the penalties with "
+        "regwrap.reg_loss(model).",
+        RegwrapWarning,
+        stacklevel=5,
+    )
+
+
 class RegularizedMixin:
     """Spliced into the class of a regularized root: `reg_loss`, and a pickle by the plain class."""
 
@@ -190,11 +210,21 @@ class RegularizedMixin:
     def reg_loss(self) -> Tensor:
         """The sum of all penalties, from the live weights; see `regwrap.reg_loss`."""
         assert isinstance(self, nn.Module)
+        if "reg_loss" in self.__dict__:
+            return self.__dict__["reg_loss"]  # type: ignore[no-any-return]
         try:
             return reg_loss(self)
         except AttributeError as error:
             # nn.Module.__getattr__ would turn it into "no attribute 'reg_loss'"
             raise RuntimeError(f"reg_loss could not be computed: {error}") from error
+
+    @reg_loss.setter
+    def reg_loss(self, value: Any) -> None:
+        """What the model's own code assigns under the name holds from then on."""
+        assert isinstance(self, nn.Module)
+        if "reg_loss" not in self.__dict__:
+            warn_of_own_reg_loss(self)
+        self.__dict__["reg_loss"] = value
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced = super().__reduce_ex__(protocol)
@@ -202,17 +232,37 @@ class RegularizedMixin:
             return reduced
         make, args, *rest = reduced
         plain = identity.plain_class(type(self), RegularizedMixin)
-        args = tuple(plain if arg is type(self) else arg for arg in args)
-        standard = make in (copyreg.__newobj__, copyreg.__newobj_ex__, copyreg._reconstructor)  # type: ignore[attr-defined]
-        kept = {} if standard else _lift_all(self)
-        return (_rebuild, (make, args, kept), *rest)
+        make, *args = (plain if part is type(self) else part for part in (make, *args))
+        kept = _lift_all(self)
+        if rest and rest[0] is not None:
+            rest[0] = _State(rest[0], kept)
+            kept = {}
+        return (_rebuild, (make, tuple(args), kept), *rest)
+
+    def __setstate__(self, state: Any) -> None:
+        """Completes the model's own `__setstate__`, which may drop what it does not know."""
+        kept: dict[str, dict[str, Any]] = {}
+        if isinstance(state, _State):
+            state, kept = state.plain, state.kept
+        super().__setstate__(state)  # type: ignore[misc]
+        assert isinstance(self, nn.Module)
+        _lay_all(self, kept)
 
     def regwrap_deepcopy(self, memo: dict[int, Any]) -> Any:
         """Completes the model's own `__deepcopy__`, which may drop what it does not know."""
         kept = copy.deepcopy(_lift_all(self), memo)
         copied = super().__deepcopy__(memo)  # type: ignore[misc]
+        identity.splice(copied, RegularizedMixin)
         _lay_all(copied, kept)
         return copied
+
+
+@dataclass(frozen=True, eq=False)
+class _State:
+    """A root's pickled state by its own rules, and what lies on its modules."""
+
+    plain: Any
+    kept: dict[str, dict[str, Any]]
 
 
 def _lift_all(root: Any) -> dict[str, dict[str, Any]]:
@@ -224,7 +274,6 @@ def _lay_all(root: nn.Module, kept: dict[str, dict[str, Any]]) -> None:
     for path, module in root.named_modules():
         if path in kept and not record.lift(module):
             record.lay(module, kept[path])
-    identity.splice(root, RegularizedMixin)
 
 
 def _rebuild(
@@ -232,8 +281,7 @@ def _rebuild(
 ) -> nn.Module:
     """What unpickling calls: the plain object, its class spliced again."""
     root = make(*args)
+    identity.splice(root, RegularizedMixin)
     if kept:
         _lay_all(root, kept)
-    else:
-        identity.splice(root, RegularizedMixin)
     return root

@@ -29,6 +29,9 @@ class Rule:
     where: object
     term: Term | None
 
+    def __hash__(self) -> int:
+        return self.order  # a rule is looked up for every entry; hashing its term is slow
+
 
 @dataclass(frozen=True)
 class Mark:
@@ -47,6 +50,10 @@ class Reference:
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor.detach().clone()
+
+    def fits(self, w: Tensor | None) -> bool:
+        """Whether it can be the starting point of this weight, by its shape."""
+        return w is None or w.shape == self.tensor.shape
 
     def beside(self, w: Tensor) -> Tensor:
         """The values where `w` is, distributed as `w` is."""
@@ -134,7 +141,7 @@ class Record:
             references=copy.deepcopy(dict(self.references), memo),
             carried=copy.deepcopy(self.carried, memo),
             factors=copy.deepcopy(dict(self.factors), memo),
-            census=copy.deepcopy(self.census),
+            census=copy.deepcopy(self.census, memo),
         )
 
     def is_carried(self, mark: Mark) -> bool:
@@ -259,7 +266,8 @@ class Policy:
         share = f" ({self.covered / self.parameters:.0%})" if self.parameters else ""
         footer = (
             f"{len(covered)} of {self.layers} layers and {self.covered:,} of {self.parameters:,} "
-            f"parameters{share} covered; {table.CONVENTION}",
+            f"parameters{share} covered",
+            table.CONVENTION,
             *figures.pop("footer", ()),
         )
         return table.Sheet(self.rows(), self.counts(), footer, **figures)
@@ -274,14 +282,17 @@ class Policy:
 class Census:
     """The modules on which a root's entries lie, so that a replaced one is noticed.
 
-    Transient: a copy takes its own at the first read.
+    Transient: an unpickled one takes its own at the first read.
     """
 
     def __init__(self, modules: Iterable[nn.Module] | None = None) -> None:
         self.expected = None if modules is None else [weakref.ref(m) for m in modules]
 
-    def __deepcopy__(self, memo: object) -> Census:
-        return Census()
+    def __deepcopy__(self, memo: dict[int, Any]) -> Census:
+        # A root's record is copied after its children, which are in the memo by then.
+        if self.expected is None:
+            return Census()
+        return Census(copied for ref in self.expected if (copied := memo.get(id(ref()))))
 
     def __reduce__(self) -> tuple[type[Census], tuple[()]]:
         return (Census, ())

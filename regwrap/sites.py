@@ -6,13 +6,17 @@ import fnmatch
 import inspect
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
+
+from regwrap.errors import brief
+
+T = TypeVar("T")
 
 _NORM_NAME = re.compile(r"norm(alization)?(act|gated)?(\dd)?$", re.IGNORECASE)
 _NORM_TYPES = (
@@ -22,6 +26,11 @@ _NORM_TYPES = (
     nn.RMSNorm,
     nn.CrossMapLRN2d,
 )
+
+
+def is_lazy(tensor: Tensor) -> bool:
+    """As torch's own function, which torch.compile cannot trace."""
+    return isinstance(tensor, UninitializedTensorMixin)
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,9 +72,17 @@ def _is_machinery(name: str, child: nn.Module) -> bool:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside `torch.compile`, DDP and DataParallel wrappers."""
+    """The module inside `torch.compile`, DDP and DataParallel wrappers.
+
+    Raises:
+        TypeError: for what is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"regwrap needs an nn.Module, not {brief(model)} of type {type(model).__name__}."
+        )
     while True:
-        inner = model._modules.get("_orig_mod" if _is_compiled(model) else "module")
+        inner = _child(model, "_orig_mod" if _is_compiled(model) else "module")
         if inner is None or not (_is_compiled(model) or isinstance(model, _PARALLEL)):
             return model
         model = inner
@@ -91,6 +108,19 @@ def is_fsdp1(module: nn.Module) -> bool:
     return fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel)
 
 
+def own(module: nn.Module, name: str) -> nn.Parameter | None:
+    """The parameter that the module itself holds under this name."""
+    return _get(module._parameters, name)
+
+
+def _child(module: nn.Module, name: str) -> nn.Module | None:
+    return _get(module._modules, name)
+
+
+def _get(held: Mapping[str, T | None], name: str) -> T | None:
+    return held[name] if name in held else None  # noqa: SIM401 a ScriptModule's knows no get()
+
+
 def parameter_names(module: nn.Module) -> Iterator[str]:
     """The module's own parameters as its author named them.
 
@@ -106,7 +136,7 @@ def parameter_names(module: nn.Module) -> Iterator[str]:
 
 
 def _parametrized(module: nn.Module) -> Iterable[str]:
-    inside = module._modules.get("parametrizations")
+    inside = _child(module, "parametrizations")
     return (
         inside._modules if inside is not None and _is_machinery("parametrizations", inside) else ()
     )
@@ -132,17 +162,17 @@ def _legacy(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def stored(module: nn.Module, name: str) -> list[Tensor]:
     """The parameters behind a site: itself, or what its parametrization computes it from."""
-    if (own := module._parameters.get(name)) is not None:
-        return [own]
+    if (parameter := own(module, name)) is not None:
+        return [parameter]
     if name in _parametrized(module):
         return list(_parametrization(module, name).parameters())
     ends = (f"{name}{end}" for end in ("_g", "_v", "_orig"))
-    return [p for end in ends if (p := module._parameters.get(end)) is not None]
+    return [p for end in ends if (p := own(module, end)) is not None]
 
 
 def is_effective(module: nn.Module, name: str) -> bool:
     """Whether the site is computed from other parameters."""
-    return module._parameters.get(name) is None and bool(stored(module, name))
+    return own(module, name) is None and bool(stored(module, name))
 
 
 def read(module: nn.Module, name: str) -> Tensor | None:
@@ -151,10 +181,11 @@ def read(module: nn.Module, name: str) -> Tensor | None:
     A parametrized weight is computed anew with its parametrizations in eval: no power iteration
     runs and no cache is filled.
     """
-    own: object = module._parameters.get(name)
-    if own is None:
-        own = _effective(module, name) if is_effective(module, name) else module.__dict__.get(name)
-    return own if isinstance(own, Tensor) and not is_lazy(own) else None
+    found: object = own(module, name)
+    if found is None:
+        effective = is_effective(module, name)
+        found = _effective(module, name) if effective else module.__dict__.get(name)
+    return found if isinstance(found, Tensor) and not is_lazy(found) else None
 
 
 def _effective(module: nn.Module, name: str) -> Tensor:
@@ -179,13 +210,17 @@ def _in_eval(parametrization: nn.Module) -> Tensor:
             m.training = True
 
 
+def look(module: nn.Module, name: str) -> Tensor | None:
+    """The value of a site, as `read`, without a graph and without moving the random state."""
+    if not is_effective(module, name):
+        return read(module, name)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        return read(module, name)
+
+
 def shape(module: nn.Module, name: str) -> tuple[int, ...] | None:
     """The shape of a site, None while it is lazy; without moving the random state."""
-    if not is_effective(module, name):
-        tensor = read(module, name)
-    else:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            tensor = read(module, name)
+    tensor = look(module, name)
     return None if tensor is None else tuple(tensor.shape)
 
 
@@ -211,9 +246,8 @@ def author_marks(tree: list[Node]) -> set[tuple[int, str]]:
     to the module), `no_weight_decay_keywords` (parts of names), and the parameter's own
     `_no_weight_decay`, `no_weight_decay` or `_optim = {"weight_decay": 0}`.
     """
-    scopes = list(_scopes(tree))
     marks = set()
-    for node in tree:
+    for node, scopes in zip(tree, _scopes(tree), strict=True):
         for name in parameter_names(node.module):
             path = f"{node.path}.{name}" if node.path else name
             if any(scope.marks(path) for scope in scopes) or any(
@@ -244,21 +278,31 @@ class _Scope:
         )
 
 
-def _scopes(tree: list[Node]) -> Iterator[_Scope]:
+_SPELLED = ("no_weight_decay", "no_weight_decay_keywords")
+
+
+def _scopes(tree: list[Node]) -> list[tuple[_Scope, ...]]:
+    """The scopes in which each node lies: its own, if it spells one, and those above it."""
     plain: set[type] = set()  # classes seen to spell nothing: getattr_static is slow
+    found: list[tuple[_Scope, ...]] = []
     for node in tree:
-        cls = type(node.module)
-        own = node.module.__dict__
-        if cls in plain and "no_weight_decay" not in own and "no_weight_decay_keywords" not in own:
-            continue
-        names = _spelled(node, "no_weight_decay")
-        keywords = _spelled(node, "no_weight_decay_keywords")
-        if names is None and keywords is None:
-            plain.add(cls)
-            continue
-        prefix = f"{node.path}." if node.path else ""
-        everything = names is True
-        yield _Scope(prefix, _strings(names), _strings(keywords), everything)
+        above = () if node.parent is None else found[node.parent]
+        own = _own_scope(node, plain)
+        found.append(above if own is None else (*above, own))
+    return found
+
+
+def _own_scope(node: Node, plain: set[type]) -> _Scope | None:
+    cls, own = type(node.module), node.module.__dict__
+    if cls in plain and not any(name in own for name in _SPELLED):
+        return None
+    names, keywords = (_spelled(node, name) for name in _SPELLED)
+    if names is None and keywords is None:
+        if not any(name in vars(base) for base in cls.__mro__ for name in _SPELLED):
+            plain.add(cls)  # a property may say nothing here and something of another instance
+        return None
+    prefix = f"{node.path}." if node.path else ""
+    return _Scope(prefix, _strings(names), _strings(keywords), everything=names is True)
 
 
 def _spelled(node: Node, name: str) -> object:

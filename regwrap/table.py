@@ -5,12 +5,12 @@ from __future__ import annotations
 import io
 import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rich import box
-from rich.console import Console, Group
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
@@ -20,6 +20,7 @@ Row = Mapping[str, Any]
 CONVENTION = "L2(s) = s/2 * sum(w^2)"
 _ROOT = "(model)"
 _NUMBER = re.compile(r"(?<!\d)(0|[1-9]\d*)(?!\d)")
+_NUMBERED = re.compile(r"(?<=\.)(0|[1-9]\d*)(?=\.)")  # of a path within a sentence
 _ENOUGH = 100_000  # columns; nothing is that wide
 
 
@@ -37,13 +38,27 @@ class Sheet:
     collapse: bool = True
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Line:
     """One row a layer, or one for a stack of layers that look the same."""
 
     path: str
-    cells: tuple[str, ...]
-    numbers: list[tuple[float, float]] = field(default_factory=list)
+    layer: str
+    shape: str
+    acts: tuple[_Act, ...]
+    decay: str
+    note: str
+    numbers: tuple[tuple[float, float], ...] = field(default=(), compare=False)
+
+
+@dataclass(frozen=True)
+class _Act:
+    """A term that acts on a layer."""
+
+    site: str
+    term: str
+    mechanism: str
+    rule: str
 
 
 def show(sheet: Sheet, console: Console | None = None) -> None:
@@ -71,78 +86,184 @@ def html(sheet: Sheet) -> str:
     )
 
 
-def draw(sheet: Sheet) -> Group:
-    """The table, its footer and a line a rule."""
-    lines = _lines(sheet)
-    parts: list[Any] = [_table(sheet, lines)]
-    if any(line.cells[-1] for line in lines):
-        parts += [_notes(lines), Text("")]
-    parts += [Text(line) for line in sheet.footer]
-    if sheet.counts:
-        parts += [Text(""), _rules(sheet.counts)]
-    return Group(*parts)
+def draw(sheet: Sheet) -> Drawing:
+    """The table, its footer and a line a rule, for any console."""
+    return Drawing(sheet)
 
 
-def _natural_width(drawn: Group, console: Console) -> int:
+def _natural_width(drawn: Drawing, console: Console) -> int:
     options = console.options.update(max_width=_ENOUGH)
-    return max(Measurement.get(console, options, part).maximum for part in drawn.renderables)
+    return Measurement.get(console, options, drawn).maximum
 
 
-def _table(sheet: Sheet, lines: list[_Line]) -> Table:
-    heads = ["layer", "type", "shape", "terms", "mechanism", "rule"]
-    heads += ["weight decay"] if sheet.decay is not None else []
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
-    for head in heads:
-        table.add_column(head, overflow="fold")
-    if sheet.values is not None:
-        table.add_column("norm2", justify="right", overflow="fold")
-        table.add_column("penalty", justify="right", overflow="fold")
-    for line in lines:
-        cells = [line.path or _ROOT, *line.cells[: len(heads) - 1]]
-        if sheet.values is not None:
-            cells += _figures(line.numbers)
-        table.add_row(*map(Text, cells), style=None if line.cells[2] else "dim")
-    return table
+class Drawing:
+    """The sheet as rich draws it: on one line a layer where there is room, narrower where not."""
+
+    def __init__(self, sheet: Sheet) -> None:
+        self.sheet = sheet
+        self.lines = _lines(sheet)
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        parts = (*self._around(options, wide=True), self._table(options, _WIDE))
+        widest = max(Measurement.get(console, options, part).maximum for part in parts)
+        return Measurement(min(20, widest), widest)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        def fits(part: Any) -> bool:
+            # the table may not shrink itself to fit before we have seen how wide it wants to be
+            unbound = options.update(max_width=_ENOUGH)
+            return Measurement.get(console, unbound, part).maximum <= options.max_width
+
+        layouts = (_WIDE, *_NARROW)
+        chosen = next((x for x in layouts if fits(self._table(options, x))), _NARROW[-1])
+        yield self._table(options, chosen)
+        wide = all(map(fits, self._around(options, wide=True)))
+        yield from self._around(options, wide=wide)
+        if chosen.without:
+            told = f"{options.max_width} columns: {', '.join(chosen.without)} left out"
+            yield Text(f"\n({told})", style="dim")
+
+    def _table(self, options: ConsoleOptions, layout: _Layout) -> Table:
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
+        heads = ["layer", "type", "shape", "terms", "mechanism", "rule"]
+        heads += ["weight decay"] if self.sheet.decay is not None else []
+        heads += ["norm2", "penalty"] if self.sheet.values is not None else []
+        heads = [head for head in heads if head not in layout.without]
+        for head in heads:
+            right = head in ("norm2", "penalty")
+            table.add_column(head, justify="right" if right else "left", overflow="fold")
+        for line in self.lines:
+            cells = _cells(line, layout)
+            texts = (_text(cells[head], options) for head in heads)
+            table.add_row(*texts, style=None if line.acts else "dim")
+        return table
+
+    def _around(self, options: ConsoleOptions, *, wide: bool) -> Iterator[RenderableType]:
+        """What stands beneath the table."""
+        if notes := [(line.path or _ROOT, line.note) for line in self.lines if line.note]:
+            yield Text("")
+            yield _grid([(f"{path}:", note) for path, note in notes], options, style="italic")
+        yield Text("")
+        yield from (_text(line, options) for line in self.sheet.footer)
+        if self.sheet.counts:
+            yield Text("")
+            rows = [_rule(count) for count in self.sheet.counts]
+            if not wide:
+                rows = [(rule, f"{where}: {term}\n{told}") for rule, where, term, told in rows]
+            yield _grid(rows, options)
 
 
-def _figures(numbers: list[tuple[float, float]]) -> list[str]:
+@dataclass(frozen=True)
+class _Layout:
+    """How narrow a table is."""
+
+    stacked: bool = False
+    """A line a term, its mechanism and rule beside it, instead of a line a layer."""
+    path: int = _ENOUGH
+    """How wide a path may be before it is broken at a dot."""
+    without: tuple[str, ...] = ()
+    """Columns left out."""
+
+
+_WIDE = _Layout()
+_LESS_AND_LESS = ("type", "shape", "mechanism", "rule")
+_NARROW = (
+    *(_Layout(True, width, _LESS_AND_LESS[:n]) for n in range(5) for width in (32, 24)),
+    _Layout(True, 16, _LESS_AND_LESS),
+)
+
+
+def _text(value: str, options: ConsoleOptions) -> Text:
+    """A text as it stands, without markup; in ASCII for an ASCII console."""
+    return Text("".join(c if c.isascii() or not options.ascii_only else _code(c) for c in value))
+
+
+def _printable(value: str) -> str:
+    """The text without what moves the cursor: a module may be named as one likes."""
+    return "".join(c if c.isprintable() else _code(c) for c in value)
+
+
+def _code(c: str) -> str:
+    return c.encode("unicode_escape").decode()
+
+
+def _cells(line: _Line, layout: _Layout) -> dict[str, str]:
+    """The line's cells by column."""
+    norm2, penalty = _figures(line.numbers)
+    if layout.stacked:
+        norm2 = norm2.replace(" .. ", " ..\n")
+    cells = {
+        "layer": _broken(line.path or _ROOT, layout.path),
+        "type": line.layer,
+        "shape": line.shape,
+        "weight decay": line.decay.replace(", ", "\n") if layout.stacked else line.decay,
+        "norm2": norm2,
+        "penalty": penalty,
+    }
+    return cells | (_stacked(line.acts) if layout.stacked else _in_line(line.acts))
+
+
+def _in_line(acts: Sequence[_Act]) -> dict[str, str]:
+    """`L1(0.1) + L2(0.2), bias: L2(0.3)`: the weight's and the call's terms need no name."""
+    by_site: dict[str, list[str]] = {}
+    for act in acts:
+        by_site.setdefault(act.site, []).append(act.term)
+    terms = (f"{_label(site)} {' + '.join(ts)}".lstrip() for site, ts in by_site.items())
+    return {
+        "terms": ", ".join(terms),
+        "mechanism": ", ".join(dict.fromkeys(act.mechanism for act in acts)),
+        "rule": ", ".join(sorted({act.rule for act in acts if act.rule}, key=int)),
+    }
+
+
+def _stacked(acts: Sequence[_Act]) -> dict[str, str]:
+    """A line a term, after a line for a site that needs its name."""
+    rows: list[tuple[str, str, str]] = []
+    for site, group in itertools.groupby(acts, key=lambda act: act.site):
+        label = _label(site)
+        rows += [(label, "", "")] if label else []
+        rows += [(f"  {a.term}" if label else a.term, a.mechanism, a.rule) for a in group]
+    columns = zip(*rows, strict=True) if rows else ((), (), ())
+    return dict(zip(("terms", "mechanism", "rule"), map("\n".join, columns), strict=True))
+
+
+def _label(site: str) -> str:
+    return "" if site in ("weight", "call") else f"{site}:"
+
+
+def _broken(path: str, width: int) -> str:
+    """The path on several lines of this width, broken at dots (not at those of `{0..11}`)."""
+    lines = [""]
+    for part in re.split(r"(?<=\.)(?![^{]*\})(?!\.)", path):
+        if lines[-1].strip() and len(lines[-1]) + len(part) > width:
+            lines.append("  ")
+        lines[-1] += part
+    return "\n".join(lines)
+
+
+def _figures(numbers: Sequence[tuple[float, float]]) -> tuple[str, str]:
     """The norms' range and the penalties' sum."""
     if not numbers:
-        return ["", ""]
+        return "", ""
     norms = sorted(norm for norm, _ in numbers)
     low, high = f"{norms[0]:.4g}", f"{norms[-1]:.4g}"
-    return [low if low == high else f"{low} .. {high}", f"{sum(p for _, p in numbers):.4g}"]
+    return low if low == high else f"{low} .. {high}", f"{sum(p for _, p in numbers):.4g}"
 
 
-def _notes(lines: list[_Line]) -> Table:
-    """What a row cannot say: a line a layer that has something to be said of."""
-    grid = _grid(2)
-    for line in lines:
-        if line.cells[-1]:
-            grid.add_row(Text(f"{line.path or _ROOT}:"), Text(line.cells[-1]), style="italic")
-    return grid
-
-
-def _grid(columns: int) -> Table:
+def _grid(rows: Sequence[tuple[str, ...]], options: ConsoleOptions, style: str = "") -> Table:
     grid = Table.grid(padding=(0, 2))
-    for _ in range(columns):
+    for _ in rows[0]:
         grid.add_column(overflow="fold")
+    for row in rows:
+        grid.add_row(*(_text(cell, options) for cell in row), style=style)
     return grid
 
 
-def _rules(counts: Iterable[Row]) -> Table:
-    grid = _grid(4)
-    for count in counts:
-        reach = f"{_many(count['layers'], 'layer')}, {_many(count['entries'], 'entry', 'entries')}"
-        lost = f", {count['overridden']} overridden" if count["overridden"] else ""
-        cells = (
-            f"rule {count['rule']}",
-            str(count["where"]) or _ROOT,
-            str(count["term"] or "None (clears)"),
-            reach + lost,
-        )
-        grid.add_row(*map(Text, cells))
-    return grid
+def _rule(count: Row) -> tuple[str, ...]:
+    told = f"{_many(count['layers'], 'layer')}, {_many(count['entries'], 'entry', 'entries')}"
+    told += f", {count['overridden']} overridden" if count["overridden"] else ""
+    where, term = str(count["where"]) or _ROOT, str(count["term"] or "None (clears)")
+    return f"rule {count['rule']}", _printable(where), _printable(term), told
 
 
 def _many(count: int, one: str, more: str = "") -> str:
@@ -160,36 +281,28 @@ def _lines(sheet: Sheet) -> list[_Line]:
 def _line(path: str, rows: list[Row], sheet: Sheet) -> _Line:
     acting = [row for row in rows if row["term"] is not None]
     shapes = dict.fromkeys(_shape(row["shape"]) for row in rows if row["shape"] is not None)
-    mechanisms = dict.fromkeys(row["mechanism"] or "none" for row in acting)
-    rules = sorted({row["rule"] for row in acting if row["rule"] is not None})
     notes = dict.fromkeys(row["note"] for row in rows if row["note"])
-    cells = (
-        rows[0]["layer"],
-        ", ".join(shapes),
-        _terms(acting),
-        ", ".join(mechanisms),
-        ", ".join(map(str, rules)),
-        (sheet.decay or {}).get(path, ""),
-        "; ".join(notes),
-    )
     values = sheet.values or {}
     sites = dict.fromkeys((path, row["site"]) for row in acting)
-    return _Line(path, cells, [values[site] for site in sites if site in values])
+    return _Line(
+        path=_printable(path),
+        layer=_printable(rows[0]["layer"]),
+        shape=", ".join(shapes),
+        acts=tuple(map(_act, acting)),
+        decay=(sheet.decay or {}).get(path, ""),
+        note=_printable("; ".join(notes)),
+        numbers=tuple(values[site] for site in sites if site in values),
+    )
+
+
+def _act(row: Row) -> _Act:
+    rule = "" if row["rule"] is None else str(row["rule"])
+    term, site = _printable(row["term"]), _printable(row["site"])
+    return _Act(site, term, row["mechanism"] or "none", rule)
 
 
 def _shape(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape)) or "scalar"
-
-
-def _terms(acting: list[Row]) -> str:
-    """`L1(0.1) + L2(0.2), bias: L2(0.3)`: the weight's and the call's terms need no name."""
-    by_site: dict[str, list[str]] = {}
-    for row in acting:
-        by_site.setdefault(row["site"], []).append(row["term"])
-    return ", ".join(
-        (f"{site}: " if site not in ("weight", "call") else "") + " + ".join(terms)
-        for site, terms in by_site.items()
-    )
 
 
 # --- collapsing numbered stacks ----------------------------------------------------------------
@@ -197,9 +310,11 @@ def _terms(acting: list[Row]) -> str:
 
 def _collapse(lines: list[_Line]) -> list[_Line]:
     """Lines that differ in their paths' numbers alone become one: `blocks.{0..11}.fc1 x12`."""
-    groups: dict[Any, list[_Line]] = {}
+    groups: dict[_Line, list[_Line]] = {}
     for line in lines:
-        groups.setdefault((_NUMBER.sub("#", line.path), line.cells), []).append(line)
+        note = _NUMBERED.sub("#", line.note)
+        alike = replace(line, path=_NUMBER.sub("#", line.path), note=note)
+        groups.setdefault(alike, []).append(line)
     found: list[_Line] = []
     for group in groups.values():
         found += _merged(group)
@@ -215,7 +330,7 @@ def _merged(group: list[_Line]) -> list[_Line]:
     for choice in choices:
         whole *= len(choice)
     if whole == len(group):
-        return [_stack(group, choices)]
+        return [_stack(group)]
     # Not a full grid, such as the first layer of every second block: one row for each value of the
     # column with the fewest.
     at = min(
@@ -227,11 +342,18 @@ def _merged(group: list[_Line]) -> list[_Line]:
     return [merged for part in parts.values() for merged in _merged(part)]
 
 
-def _stack(group: list[_Line], choices: list[list[int]]) -> _Line:
-    braces = iter(choices)
-    path = _NUMBER.sub(lambda _: _brace(next(braces)), group[0].path)
-    numbers = [pair for line in group for pair in line.numbers]
-    return _Line(f"{path} x{len(group)}", group[0].cells, numbers)
+def _stack(group: list[_Line]) -> _Line:
+    path = _spanned(_NUMBER, [line.path for line in group])
+    note = _spanned(_NUMBERED, [line.note for line in group])
+    numbers = tuple(pair for line in group for pair in line.numbers)
+    return replace(group[0], path=f"{path} x{len(group)}", note=note, numbers=numbers)
+
+
+def _spanned(number: re.Pattern[str], texts: list[str]) -> str:
+    """Texts that differ in their numbers alone as one, with braces for the numbers."""
+    columns = zip(*(map(int, number.findall(text)) for text in texts), strict=True)
+    braces = [_brace(sorted(set(column))) for column in columns]
+    return number.sub(lambda _: braces.pop(0), texts[0])
 
 
 def _brace(numbers: list[int]) -> str:

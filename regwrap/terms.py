@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import numbers
 import pickle
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from regwrap import proximal
-from regwrap.errors import PolicyError
+from regwrap.errors import PolicyError, brief
 from regwrap.proximal import Metric
 
 
@@ -42,11 +43,14 @@ def _number(owner: str, name: str, value: object, *, below: float = math.inf) ->
     wanted = "a finite number >= 0" if below == math.inf else f"a number in [0, {below:g})"
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(
-            f"{owner}: {name} must be {wanted}, not {value!r} of type {type(value).__name__}."
+            f"{owner}: {name} must be {wanted}, not {brief(value)} of type {type(value).__name__}."
         )
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an integer beyond what a float holds
+        number = math.inf
     if not 0 <= number < below:  # NaN and inf fail this too
-        raise ValueError(f"{owner}: {name} must be {wanted}, not {value!r}.")
+        raise ValueError(f"{owner}: {name} must be {wanted}, not {brief(value)}.")
     return number
 
 
@@ -54,18 +58,18 @@ def _integer(owner: str, name: str, value: object, *, least: int | None = None) 
     wanted = "an integer" if least is None else f"an integer >= {least}"
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(
-            f"{owner}: {name} must be {wanted}, not {value!r} of type {type(value).__name__}."
+            f"{owner}: {name} must be {wanted}, not {brief(value)} of type {type(value).__name__}."
         )
     if least is not None and value < least:
-        raise ValueError(f"{owner}: {name} must be {wanted}, not {value!r}.")
+        raise ValueError(f"{owner}: {name} must be {wanted}, not {brief(value)}.")
     return int(value)
 
 
 def _choice(owner: str, name: str, value: object, choices: tuple[str, ...]) -> None:
     if not isinstance(value, str):
-        raise TypeError(f"{owner}: {name} must be one of {choices}, not {value!r}.")
+        raise TypeError(f"{owner}: {name} must be one of {choices}, not {brief(value)}.")
     if value not in choices:
-        raise ValueError(f"{owner}: {name} must be one of {choices}, not {value!r}.")
+        raise ValueError(f"{owner}: {name} must be one of {choices}, not {brief(value)}.")
 
 
 def _on(owner: str, value: object, refused: tuple[str, ...]) -> str | tuple[str, ...]:
@@ -74,10 +78,12 @@ def _on(owner: str, value: object, refused: tuple[str, ...]) -> str | tuple[str,
     if not isinstance(names, tuple | list) or not all(isinstance(n, str) for n in names):
         raise TypeError(
             f"{owner}: on must be 'weight', 'bias', 'all', 'output', a parameter's own name "
-            f"or a tuple of names, not {value!r}."
+            f"or a tuple of names, not {brief(value)}."
         )
     if not names or not all(names):
-        raise ValueError(f"{owner}: on must name at least one parameter, not {value!r}.")
+        raise ValueError(f"{owner}: on must name at least one parameter, not {brief(value)}.")
+    if names is value:  # no word for several parameters, nor for the output, among the names
+        refused = ("all", "output")
     for name in names:
         if name in refused or "." in name:
             raise ValueError(
@@ -150,7 +156,13 @@ class Term:
 
 
 def _fields(term: Term) -> tuple[dataclasses.Field[Any], ...]:
-    return dataclasses.fields(term)  # type: ignore[arg-type]  # every concrete term is a dataclass
+    cls: Any = type(term)  # mypy takes it for unhashable
+    return _fields_of(cls)
+
+
+@functools.cache
+def _fields_of(cls: type[Any]) -> tuple[dataclasses.Field[Any], ...]:
+    return dataclasses.fields(cls)  # every concrete term is a dataclass
 
 
 def _is_terms(value: object) -> bool:
@@ -363,8 +375,9 @@ class GroupLasso(WeightTerm):
         """Strength * sum over groups of sqrt(elements) * norm2."""
         groups = self.grouped(w)
         squares = _real(groups).square().flatten(1).sum(1)
-        # sqrt has no finite gradient at zero: a group of zeros takes the subgradient zero.
-        norms = torch.where(squares > 0, squares, 1).sqrt() * (squares > 0)
+        # sqrt has no finite gradient at zero: a group of zeros takes the subgradient zero. Not
+        # `squares > 0`: a group that has turned NaN must not count as one of zeros.
+        norms = torch.where(squares == 0, 1, squares).sqrt() * (squares != 0)
         return self.strength * math.sqrt(groups.shape[1]) * norms.sum()
 
     def grouped(self, w: Tensor) -> Tensor:
@@ -383,7 +396,9 @@ class GroupLasso(WeightTerm):
 def _rows(w: Tensor, dim: int, size: int = 1) -> Tensor:
     """`w` as rows of `size` consecutive units along `dim`."""
     units = w.movedim(dim, 0)
-    return units.reshape(units.shape[0] // size, -1)
+    # not reshape(groups, -1), which a tensor without elements leaves open
+    count = units.shape[0] // size
+    return units.reshape(count, size, *units.shape[1:]).flatten(1)
 
 
 def _write_rows(w: Tensor, dim: int, rows: Tensor) -> None:
@@ -414,7 +429,7 @@ class Orthogonal(WeightTerm):
 
     def value(self, w: Tensor, reference: Tensor | None = None) -> Tensor:
         """Strength * the mean absolute cosine between different rows."""
-        rows = w.reshape(w.shape[0], -1).to(torch.promote_types(w.dtype, torch.float32))
+        rows = w.flatten(1).to(torch.promote_types(w.dtype, torch.float32))
         count = rows.shape[0]
         if count < 2:
             return 0.0 * _real(w).sum()
@@ -454,7 +469,7 @@ class L2SP(_Timed):
         if not isinstance(self.reference, Mapping | nn.Module | None):
             raise TypeError(
                 "L2SP: reference must be None, a mapping such as a state_dict, or a model, "
-                f"not {self.reference!r}."
+                f"not {brief(self.reference)}."
             )
 
     def _shown(self) -> list[str]:
@@ -468,7 +483,15 @@ class L2SP(_Timed):
         """Strength / 2 * sum((w - reference)^2)."""
         if reference is None:
             raise PolicyError("L2SP needs the reference tensor of its site.")
-        return self.strength / 2 * _sum_of_squares(w - reference)
+        if reference.shape != w.shape:
+            raise PolicyError(
+                f"L2SP: the weight has shape {tuple(w.shape)} now, its reference "
+                f"{tuple(reference.shape)}; regularize again after a parameter is replaced."
+            )
+        # Cast before subtracting, the reference to what the weight is: halves would be rounded, and
+        # a reference in float64 would widen the whole reg_loss.
+        w = _real(w)
+        return self.strength / 2 * (w - _real(reference).to(w.dtype)).square().sum()
 
     def pulled(
         self,
@@ -513,9 +536,11 @@ class Penalty(_Timed):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not callable(self.fn):
-            raise TypeError(f"Penalty: fn must be a callable tensor -> scalar, not {self.fn!r}.")
+            raise TypeError(
+                f"Penalty: fn must be a callable tensor -> scalar, not {brief(self.fn)}."
+            )
         if not isinstance(self.name, str):
-            raise TypeError(f"Penalty: name must be a string, not {self.name!r}.")
+            raise TypeError(f"Penalty: name must be a string, not {brief(self.name)}.")
         name = self.name or getattr(self.fn, "__name__", type(self.fn).__name__)
         object.__setattr__(self, "name", name)
 
@@ -529,20 +554,26 @@ class Penalty(_Timed):
             pickle.dumps(self.fn)
         except Exception as error:
             raise PolicyError(
-                f"{self!r} cannot be pickled because its function {self.fn!r} cannot ({error}); "
-                "define the function at the top level of a module."
+                f"{self!r} cannot be pickled because its function {brief(self.fn)} cannot "
+                f"({error}); define the function at the top level of a module."
             ) from error
         return self.__dict__
 
     def value(self, w: Tensor, reference: Tensor | None = None) -> Tensor:
         """Strength * fn(w), which has to be a single number."""
         result = self.fn(w)
-        if not isinstance(result, Tensor) or result.numel() != 1:
+        if not isinstance(result, Tensor) or result.numel() != 1 or result.is_complex():
             raise PolicyError(
-                f"{self!r}: its function must return a single number as a tensor, not "
-                f"{tuple(result.shape) if isinstance(result, Tensor) else result!r}."
+                f"{self!r}: its function must return a single real number as a tensor, not "
+                f"{_told(result)}."
             )
         return self.strength * result.reshape(()).to(_accumulator(result.dtype))
+
+
+def _told(result: object) -> str:
+    if not isinstance(result, Tensor):
+        return brief(result)
+    return f"a {str(result.dtype).removeprefix('torch.')} of shape {tuple(result.shape)}"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -637,5 +668,5 @@ class Dropout(Term):
     def __post_init__(self) -> None:
         _choice("Dropout", "at", self.at, ("output", "activation", "input"))
         if not (isinstance(self.kind, type) and issubclass(self.kind, nn.Module)):
-            raise TypeError(f"Dropout: kind must be a class of nn.Module, not {self.kind!r}.")
+            raise TypeError(f"Dropout: kind must be a class of nn.Module, not {brief(self.kind)}.")
         object.__setattr__(self, "p", _number("Dropout", "p", self.p, below=1))

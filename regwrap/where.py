@@ -12,12 +12,15 @@ from typing import Any
 
 from torch import nn
 
+from regwrap.errors import brief
+
 Predicate = Callable[[str, nn.Module], bool]
 
 _BRACES = re.compile(r"\{(\d+\.\.\d+|[^{}]*,[^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
-# A component no module has: a regex that accepts it in last place accepts anything there.
-_PROBE = "\0anything"
+# A component no module has: a regex that accepts it in last place accepts anything there. Of
+# letters, so that `\w+` counts as anything too.
+_PROBE = "zzregwrapprobe"
 
 
 @dataclass(frozen=True)
@@ -42,10 +45,10 @@ class Where:
 
     def __post_init__(self) -> None:
         if isinstance(self.regex, str):
-            object.__setattr__(self, "regex", re.compile(self.regex))
+            object.__setattr__(self, "regex", _compiled(self.regex))
         _check("path", self.path, isinstance(self.path, str), "a string")
         _check("type", self.type, _is_module_class(self.type), "a class of nn.Module")
-        _check("regex", self.regex, isinstance(self.regex, re.Pattern), "a pattern")
+        _check("regex", self.regex, _is_text_pattern(self.regex), "a pattern of text")
         _check("predicate", self.predicate, callable(self.predicate), "a callable")
         if all(v is None for v in (self.path, self.type, self.regex, self.predicate)):
             raise TypeError("Where needs a condition; write Where('') for the whole model.")
@@ -63,7 +66,7 @@ class Where:
         """Whether the parameter at `path` is meant by its own name.
 
         A pattern that ends in a wildcard names modules, never parameters; so does a regex that
-        accepts any last component, or that selects the owner already.
+        accepts any last component.
         """
         if self.path is None and self.regex is None:
             return False
@@ -75,9 +78,12 @@ class Where:
         )
 
     def names_layer(self) -> bool:
-        """Whether a selected module is named itself: by a last component or class of its own."""
+        """Whether a selected module is named itself: by a last component or class of its own.
+
+        `""` names no layer, also where the model is one.
+        """
         if self.path is not None:
-            return "*" not in _components(self.path)[-1]
+            return self.path != "" and "*" not in _components(self.path)[-1]
         return self.type is not None and self.type is not nn.Module
 
     def _glob_names(self, path: str) -> bool:
@@ -92,13 +98,24 @@ class Where:
         return self.regex.fullmatch(path) is not None and not self.regex.fullmatch(anything)
 
 
+def _compiled(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise ValueError(f"Where: regex {text!r} is no regular expression: {error}.") from error
+
+
+def _is_text_pattern(value: object) -> bool:
+    return isinstance(value, re.Pattern) and isinstance(value.pattern, str)
+
+
 def _is_module_class(value: object) -> bool:
     return isinstance(value, type) and issubclass(value, nn.Module)
 
 
 def _check(name: str, value: object, fits: bool, wanted: str) -> None:
     if value is not None and not fits:
-        raise TypeError(f"Where: {name} must be {wanted}, not {value!r}.")
+        raise TypeError(f"Where: {name} must be {wanted}, not {brief(value)}.")
 
 
 def parse_where(sugar: object) -> Where:
@@ -115,14 +132,16 @@ def parse_where(sugar: object) -> Where:
         return Where(predicate=sugar)
     raise TypeError(
         "A rule's where must be a path, a compiled regex, a class of nn.Module, a callable "
-        f"(path, module) -> bool or a Where, not {sugar!r} of type {type(sugar).__name__}."
+        f"(path, module) -> bool or a Where, not {brief(sugar)} of type {type(sugar).__name__}."
     )
 
 
 @functools.lru_cache(maxsize=1024)
 def compile_glob(pattern: str) -> re.Pattern[str]:
     """The pattern as a regex over whole paths; see `Where`."""
-    components = _components(pattern)
+    # "a.**.**" is "a.**": two in a row would each ask for a dot of their own
+    split = _components(pattern)
+    components = [c for i, c in enumerate(split) if not (i and c == split[i - 1] == "**")]
     text = ""
     for i, component in enumerate(components):
         last = i == len(components) - 1
@@ -136,12 +155,13 @@ def compile_glob(pattern: str) -> re.Pattern[str]:
     return re.compile(text)
 
 
-def _components(pattern: str) -> list[str]:
+@functools.lru_cache(maxsize=1024)
+def _components(pattern: str) -> tuple[str, ...]:
     """The pattern split at dots, those inside special braces excepted."""
     braces = [m.group() for m in _BRACES.finditer(pattern)]
     held = iter(braces)
     split = _BRACES.sub("\0", pattern).split(".")
-    return [re.sub("\0", lambda _: next(held), c) for c in split]
+    return tuple(re.sub("\0", lambda _: next(held), c) for c in split)
 
 
 def _component_regex(component: str) -> str:
@@ -150,7 +170,7 @@ def _component_regex(component: str) -> str:
         text += _stars(component[start : match.start()]) + _alternatives(match.group(1))
         start = match.end()
     text += _stars(component[start:])
-    return r"[^.]+" if component == "*" else text
+    return r"[^.]+" if set(component) == {"*"} else text
 
 
 def _stars(text: str) -> str:

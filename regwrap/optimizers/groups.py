@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from regwrap import record, sites
 from regwrap.penalty import settled
@@ -119,21 +118,25 @@ def _rates(root: nn.Module) -> dict[int, float]:
             if isinstance(mark.term, WeightDecay):
                 for tensor in sites.stored(module, mark.site):
                     held = latest.setdefault(id(tensor), mark)
-                    if mark.rule.order > held.rule.order:
+                    if mark.rule.order >= held.rule.order:
                         latest[id(tensor)] = mark
     return {i: mark.term.rate for i, mark in latest.items() if isinstance(mark.term, WeightDecay)}
 
 
 def _spared(root: nn.Module) -> set[int]:
-    """Parameters without decay of their own account; tied ones as under their first name."""
+    """Parameters without decay of their own account.
+
+    A tied one is judged by its first name, and spared whichever of its names the author marks.
+    """
     tree = sites.nodes(root)
     marks = sites.author_marks(tree)
+    marked: set[int] = set()
     plain: dict[int, bool] = {}
     for node in tree:
         for name in sites.parameter_names(node.module):
             for tensor in sites.stored(node.module, name):
-                dims = 2 if is_lazy(tensor) else tensor.dim()
-                decays = sites.is_plain(node.module, name, dims)
-                marked = (id(node.module), name) in marks
-                plain.setdefault(id(tensor), decays and not marked)
-    return {i for i, decays in plain.items() if not decays}
+                dims = 2 if sites.is_lazy(tensor) else tensor.dim()
+                plain.setdefault(id(tensor), sites.is_plain(node.module, name, dims))
+                if (id(node.module), name) in marks:
+                    marked.add(id(tensor))
+    return marked | {i for i, decays in plain.items() if not decays}

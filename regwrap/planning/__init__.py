@@ -48,7 +48,7 @@ def draft(model: nn.Module, rules: object, *, strict: bool = True) -> Draft:
             _raise_or_warn(unmatched(survey, i, where, term, reached), strict)
         added.append(rule)
     check(survey, claims)
-    for key, claim in l2sp(claims):
+    for key, claim in l2sp(claims, added):
         start_of(survey, claim, key)
     every = old + added
     return Draft(survey, claims, every, added, draw_policy(survey, claims, every))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from regwrap import sites
 from regwrap.errors import PolicyError
 from regwrap.planning.claims import Claim, Claims
 from regwrap.planning.survey import Key, Survey
+from regwrap.record import Rule
 from regwrap.terms import L2SP, Dropout, GroupLasso, MaxNorm, Orthogonal
 from regwrap.where import shown
 
@@ -24,12 +25,16 @@ def check(survey: Survey, claims: Claims) -> None:
             path = _path_of(survey, key, claim)
             if isinstance(module, torch.jit.ScriptModule):
                 raise PolicyError(
-                    _refusal(claim, path, "is a ScriptModule", "regularize before it")
+                    _refusal(claim, path, "is a ScriptModule", "regularize before scripting")
                 )
-            if isinstance(claim.term, Dropout) and id(module) in inside:
+            drops = isinstance(claim.term, Dropout) and claim.mechanism is not None
+            if drops and id(module) in inside:
                 raise PolicyError(
                     _refusal(claim, path, "is inside a compiled submodule", "compile afterwards")
                 )
+            if drops and any(p.is_complex() for p in module.parameters()):
+                why = "has complex weights, for which torch has no dropout"
+                raise PolicyError(_refusal(claim, path, why, "penalise it instead"))
             if isinstance(claim.term, GroupLasso | Orthogonal | MaxNorm):
                 _check_shape(claim, claim.term, path, sites.shape(module, name))
 
@@ -63,19 +68,19 @@ def _check_shape(
         return
     if isinstance(term, Orthogonal):
         if len(shape) < 2:
-            raise PolicyError(_refusal(claim, path, f"has shape {shape}", "it needs 2 dimensions"))
+            why = f"has shape {shape} and no rows"
+            raise PolicyError(_refusal(claim, path, why, "name a weight of 2 dimensions"))
         return
     if not -len(shape) <= term.dim < len(shape):
-        raise PolicyError(
-            _refusal(claim, path, f"has shape {shape}", f"dim={term.dim} is not there")
-        )
+        why = f"has shape {shape} and no dim {term.dim}"
+        raise PolicyError(_refusal(claim, path, why, "give a dim that it has"))
     if isinstance(term, GroupLasso) and shape[term.dim] % term.size:
-        why = f"has {shape[term.dim]} units along dim {term.dim}"
-        raise PolicyError(_refusal(claim, path, why, f"size={term.size} must divide them"))
+        why = f"has {shape[term.dim]} units along dim {term.dim}, no multiple of {term.size}"
+        raise PolicyError(_refusal(claim, path, why, "give a size that divides them"))
 
 
-def start_of(survey: Survey, claim: Claim, key: Key) -> Tensor | None:
-    """The tensor that an L2SP pulls its site toward, on the owner's device; None while lazy.
+def start_of(survey: Survey, claim: Claim, key: Key) -> Tensor:
+    """The tensor that an L2SP pulls its site toward, on the owner's device.
 
     Raises:
         PolicyError: where there is none, or one of another shape.
@@ -83,8 +88,10 @@ def start_of(survey: Survey, claim: Claim, key: Key) -> Tensor | None:
     assert isinstance(claim.term, L2SP)
     module, name = claim.owners[0]
     paths = survey.sites[key].paths
-    live = sites.read(module, name)
+    live = sites.look(module, name)
     if claim.term.reference is None:
+        if live is None:
+            raise PolicyError(_refusal(claim, paths[0], "is lazy and has no values yet", _GIVE))
         if live is not None and live.is_meta:
             raise PolicyError(
                 _refusal(claim, paths[0], "is on the meta device and has no values", _GIVE)
@@ -92,7 +99,10 @@ def start_of(survey: Survey, claim: Claim, key: Key) -> Tensor | None:
         return live
     found = _look_up(claim.term.reference, paths)
     if found is None:
-        raise PolicyError(_refusal(claim, paths[0], "the reference does not hold", _GIVE))
+        raise PolicyError(_refusal(claim, paths[0], "is not in the reference", _GIVE))
+    if not isinstance(found, Tensor) or found.is_meta:
+        what = "a meta tensor" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+        raise PolicyError(_refusal(claim, paths[0], f"is {what} in the reference", _GIVE))
     if live is not None and found.shape != live.shape:
         why = f"has shape {tuple(live.shape)}, its reference {tuple(found.shape)}"
         raise PolicyError(_refusal(claim, paths[0], why, _GIVE))
@@ -109,7 +119,7 @@ def _look_up(reference: Mapping[str, Tensor] | nn.Module, paths: Iterable[str]) 
     for path in paths:
         owner, _, name = path.rpartition(".")
         try:
-            found = sites.read(inner.get_submodule(owner), name)
+            found = sites.look(inner.get_submodule(owner), name)
         except AttributeError:
             continue
         if found is not None:
@@ -117,11 +127,11 @@ def _look_up(reference: Mapping[str, Tensor] | nn.Module, paths: Iterable[str]) 
     return None
 
 
-def l2sp(claims: Claims) -> Iterator[tuple[Key, Claim]]:
-    """The claims that need a starting point."""
+def l2sp(claims: Claims, added: Container[Rule]) -> Iterator[tuple[Key, Claim]]:
+    """The claims of these rules that need a starting point; those of earlier calls have one."""
     return (
         (key, claim)
         for key, families in claims.held.items()
         for claim in families.values()
-        if isinstance(claim.term, L2SP)
+        if isinstance(claim.term, L2SP) and claim.rule in added
     )

@@ -64,8 +64,8 @@ def _union(a: tuple[Owner, ...], b: tuple[Owner, ...]) -> tuple[Owner, ...]:
 
 def load(survey: Survey) -> tuple[list[Rule], Claims]:
     """What lies on the model already."""
-    claims = Claims()
     rules: dict[Rule, None] = {}
+    found: dict[tuple[Key, Rule, Rule | None], tuple[Mark, list[Owner]]] = {}
     for node in survey.firsts():
         kept = record.read(node.module)
         rules.update(dict.fromkeys(kept.rules))
@@ -74,17 +74,16 @@ def load(survey: Survey) -> tuple[list[Rule], Claims]:
             if mark.by is not None:
                 rules.setdefault(mark.by)
             key = _key_of_mark(survey, node.module, mark)
-            owners = ((node.module, mark.site),)
-            claim = Claim(mark.site, mark.term, mark.rule, mark.mechanism, owners, mark.by)
-            if mark.by is None:
-                claims.take(key, claim)
-            elif not any(_same(claim, other) for other in claims.lost.get(key, ())):
-                claims.lost.setdefault(key, []).append(claim)
+            _, owners = found.setdefault((key, mark.rule, mark.by), (mark, []))
+            owners.append((node.module, mark.site))
+    claims = Claims()
+    for (key, rule, by), (mark, owners) in found.items():
+        claim = Claim(mark.site, mark.term, rule, mark.mechanism, tuple(owners), by)
+        if by is None:
+            claims.take(key, claim)
+        else:
+            claims.lost.setdefault(key, []).append(claim)
     return sorted(rules, key=lambda rule: rule.order), claims
-
-
-def _same(a: Claim, b: Claim) -> bool:
-    return a.rule == b.rule and a.term == b.term
 
 
 def _key_of_mark(survey: Survey, module: nn.Module, mark: Mark) -> Key:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from regwrap import record, sites
 from regwrap.planning.claims import Claim, Claims
@@ -30,7 +29,7 @@ def draw_policy(survey: Survey, claims: Claims, rules: list[Rule]) -> Policy:
             ranked = sorted(held, key=lambda c: c.rule.order)
             mine += [_entry(survey, node, key, name, claim, order) for claim in ranked]
             covered += mine[-1].parameters if ranked else 0
-            lost = claims.lost.get(key, ())
+            lost = sorted(claims.lost.get(key, ()), key=_when_lost)
             replaced += [_entry(survey, node, key, name, claim, order) for claim in lost]
         own = survey.keys[id(node.module)]
         layers += bool(own)
@@ -38,6 +37,12 @@ def draw_policy(survey: Survey, claims: Claims, rules: list[Rule]) -> Policy:
     total = sum(elements(site) for site in survey.sites.values())
     pairs = tuple((rule.where, rule.term) for rule in rules)
     return Policy(tuple(lines), pairs, tuple(replaced), layers, total, covered)
+
+
+def _when_lost(claim: Claim) -> tuple[int, int]:
+    """Ranks overridden claims in one order for a plan and for what several owners keep of it."""
+    assert claim.by is not None
+    return claim.by.order, claim.rule.order
 
 
 def _sites_of(survey: Survey, gone: dict[int, list[Key]], node: Node) -> Iterator[tuple[Key, str]]:
@@ -134,7 +139,7 @@ def _note(node: Node, site: Site | None, claim: Claim) -> str:
         told.append(f"shared with {_listed(others)}")
     if sites.is_effective(module, name):
         told.append("parametrized: its effective value counts")
-    if any(is_lazy(t) for t in stored):
+    if any(sites.is_lazy(t) for t in stored):
         told.append("lazy: counts once it is initialized")
     if stored and all(isinstance(t, nn.Parameter) and not t.requires_grad for t in stored):
         told.append("frozen: does not count")

@@ -10,11 +10,11 @@ from torch import nn
 from regwrap import sites
 from regwrap.errors import PolicyError
 from regwrap.planning.claims import Claim, Claims
-from regwrap.planning.survey import CALL, Survey, can_be_penalised, class_name, join
+from regwrap.planning.survey import CALL, Key, Owner, Survey, can_be_penalised, class_name, join
 from regwrap.record import Rule
 from regwrap.sites import Node
-from regwrap.terms import Dropout, MaxNorm, Term, WeightDecay, WeightTerm
-from regwrap.where import Where, shown
+from regwrap.terms import Dropout, GroupLasso, MaxNorm, Orthogonal, Term, WeightDecay, WeightTerm
+from regwrap.where import Where, parse_where, shown
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,13 @@ def _claim_parameters(survey: Survey, claims: Claims, rule: Rule, reach: Reach) 
             raise PolicyError(_no_gradient(rule, join(node.path, name), node.module, name))
         reached.append((node.module, name))
     mechanism = "direct" if isinstance(rule.term, WeightTerm) else "optimizer"
+    owners: dict[Key, dict[tuple[int, str], Owner]] = {}  # of a tied parameter several
     for module, name in reached:
-        key = survey.keys[id(module)][name]
-        claims.take(key, Claim(name, rule.term, rule, mechanism, ((module, name),)))
+        held = owners.setdefault(survey.keys[id(module)][name], {})
+        held[id(module), name] = (module, name)
+    for key, held in owners.items():
+        first = next(iter(held.values()))
+        claims.take(key, Claim(first[1], rule.term, rule, mechanism, tuple(held.values())))
     return len(reached)
 
 
@@ -130,46 +134,71 @@ def unmatched(survey: Survey, index: int, where: object, term: Term | None, reac
     """Why the rule reaches nothing, and what its author may have meant."""
     told = f"Rule {index} ({shown(where)!r}: {term!r})"
     model = class_name(survey.model)
+    if isinstance(term, Dropout) and reach.parameters and not reach.modules:
+        node, name = reach.parameters[0]
+        return (
+            f"{told} reaches no Linear layer in {model}: {join(node.path, name)!r} is a parameter; "
+            f"name its layer {node.path!r}."
+        )
     if not reach.modules:
         return f"{told} matches nothing in {model}; {_nearest(survey, where)}."
     names = ", ".join(f"{n.path!r} ({class_name(n.module)})" for n in reach.named[:3])
     if isinstance(term, Dropout):
-        return f"{told} reaches no Linear layer in {model}: nothing of that kind lies in {names}."
+        return (
+            f"{told} reaches no Linear layer in {model}: none lies in {names}; name a Linear, or "
+            "what holds one."
+        )
     on = getattr(term, "on", "weight")
-    dtypes = _dtypes_without_gradient(survey, reach)
+    quantized = [n for n in reach.modules if _is_quantized(n.module)]
+    if quantized:
+        return (
+            f"{told} reaches nothing in {model}: {quantized[0].path!r} "
+            f"({class_name(quantized[0].module)}) is quantized, its weight has no gradient; "
+            "regularize before quantizing."
+        )
+    dtypes = _dtypes_without_gradient(survey, reach, on)
     if dtypes:
         return (
             f"{told} reaches nothing in {model}: the parameters of {names} are {dtypes}, which "
             "have no gradient; name floating point parameters."
         )
+    if not any(survey.keys[id(n.module)] for n in reach.modules):
+        return f"{told} reaches nothing in {model}: {names} has no parameters; name a layer."
+    more = "" if isinstance(term, GroupLasso | Orthogonal) else "on='all', or "
     return (
         f"{told} reaches nothing in {model}: {names} has no parameter that on={on!r} covers; write "
-        "on='all', or the parameter's own name."
+        f"{more}the parameter's own name."
     )
 
 
-def _dtypes_without_gradient(survey: Survey, reach: Reach) -> str:
-    stored = (
-        t
-        for n in reach.modules
-        for name in survey.keys[id(n.module)]
-        for t in sites.stored(n.module, name)
-    )
-    dtypes = {str(t.dtype) for t in stored if not (t.is_floating_point() or t.is_complex())}
-    return ", ".join(sorted(dtypes))
+def _is_quantized(module: nn.Module) -> bool:
+    home = type(module).__module__
+    return home.startswith("torch.ao.nn.") and "quantized" in home
+
+
+def _dtypes_without_gradient(survey: Survey, reach: Reach, on: str | tuple[str, ...]) -> str:
+    """The dtypes that keep the rule from acting, where it is they that do."""
+    own = [(n.module, name) for n in reach.modules for name in survey.keys[id(n.module)]]
+    stiff = [(module, name) for module, name in own if not can_be_penalised(module, name)]
+    if len(stiff) < len(own):
+        asked = (on,) if isinstance(on, str) else on
+        stiff = [(module, name) for module, name in stiff if name in asked]
+    return ", ".join(sorted({str(sites.stored(*site)[0].dtype) for site in stiff}))
 
 
 def _nearest(survey: Survey, where: object) -> str:
     """The three nearest names, and how to reach a name at any depth."""
-    paths = [n.path for n in survey.tree if n.path]
-    if isinstance(where, str):
-        deeper = [f"**.{where}"] if any(p.endswith(f".{where}") for p in paths) else []
-        names = paths + [p for site in survey.sites.values() for p in site.paths]
-        near = _closest(where, names)
+    meant = parse_where(where)
+    text = meant.path if meant.path is not None else shown(where)
+    deeper: list[str] = []
+    if meant.type is not None and meant.path is None:
+        classes = sorted({class_name(n.module) for n in survey.firsts()})
+        near = _closest(meant.type.__name__, classes)
     else:
-        deeper = []
-        text = shown(where).removeprefix("nn.")
-        near = _closest(text, sorted({class_name(n.module) for n in survey.firsts()}))
+        paths = [n.path for n in survey.tree if n.path]
+        deeper = [f"**.{text}"] if any(p.endswith(f".{text}") for p in paths) else []
+        text = text if meant.regex is None else meant.regex.pattern
+        near = _closest(text, paths + [p for site in survey.sites.values() for p in site.paths])
     told = ", ".join(repr(n) for n in (deeper + near)[:3])
     return f"the nearest names are {told}" if told else "it has no modules to name"
 

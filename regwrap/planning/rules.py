@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from regwrap.errors import PolicyError
+from regwrap.errors import PolicyError, brief
 from regwrap.terms import Term
 from regwrap.where import parse_where, shown
 
@@ -18,9 +18,7 @@ def parse_rules(rules: object) -> list[tuple[object, Term | None]]:
     Raises:
         TypeError: for anything else, naming the rule.
     """
-    if isinstance(rules, Term) or (
-        isinstance(rules, tuple) and rules and all(isinstance(r, Term) for r in rules)
-    ):
+    if isinstance(rules, Term) or (isinstance(rules, tuple) and rules and _flat(rules)):
         rules = {"": rules}
     if isinstance(rules, Mapping):
         pairs: list[Any] = list(rules.items())
@@ -29,24 +27,34 @@ def parse_rules(rules: object) -> list[tuple[object, Term | None]]:
     else:
         raise TypeError(
             "rules must be a mapping {where: term}, a sequence of (where, term) pairs or a term "
-            f"such as L2(1e-4), not {rules!r} of type {type(rules).__name__}."
+            f"such as L2(1e-4), not {brief(rules)} of type {type(rules).__name__}."
         )
     return [rule for i, pair in enumerate(pairs) for rule in _parse_pair(i, pair)]
 
 
 def _parse_pair(index: int, pair: object) -> Iterator[tuple[object, Term | None]]:
     if not (isinstance(pair, tuple | list) and len(pair) == 2):
-        raise TypeError(f"Rule {index} must be a pair (where, term), not {pair!r}.")
+        raise TypeError(f"Rule {index} must be a pair (where, term), not {brief(pair)}.")
     where, given = pair
     parse_where(where)
-    terms = given if isinstance(given, tuple | list) else (given,)
-    if given is not None and not (terms and all(isinstance(t, Term) for t in terms)):
+    terms = [None] if given is None else _flat(given)
+    if not terms:
         raise TypeError(
             f"Rule {index} ({shown(where)!r}) must have a term such as L2(1e-4), a list of terms "
-            f"or None on its right, not {given!r}."
+            f"or None on its right, not {brief(given)}."
         )
     for term in terms:
         yield where, term
+
+
+def _flat(given: object) -> list[Term]:
+    """The terms of a term, or of a list of terms and of tuples of them as `ElasticNet` is one.
+
+    Empty where there is anything else.
+    """
+    listed = given if isinstance(given, tuple | list) else (given,)
+    terms = [t for item in listed for t in (item if isinstance(item, tuple) else (item,))]
+    return terms if all(isinstance(t, Term) for t in terms) else []
 
 
 def refuse_unbuilt(index: int, where: object, term: Term | None) -> None:

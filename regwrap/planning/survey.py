@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from regwrap import sites
 from regwrap.errors import PolicyError
@@ -31,7 +30,7 @@ class Site:
     def live(self) -> Tensor | None:
         """The plain parameter, None for an effective weight."""
         module, name = self.owners[0]
-        return module._parameters.get(name)
+        return sites.own(module, name)
 
 
 class Survey:
@@ -48,7 +47,8 @@ class Survey:
             if sites.is_fsdp1(node.module):
                 raise PolicyError(_FSDP1.format(where=_at(node.path)))
             self._add(node)
-        self.marks = sites.author_marks(self.tree)
+        # a tied weight is spared whichever of its names the author gave
+        self.marked = {self.keys[i][name] for i, name in sites.author_marks(self.tree)}
         self.idle = {id(owner.out_proj) for owner in self._attentions()}
         """Linears that are never called: a function uses their weights."""
 
@@ -77,9 +77,8 @@ class Survey:
             return sites.is_bias(name)
         if on != "weight":
             return name in ((on,) if isinstance(on, str) else on)
-        return (id(module), name) not in self.marks and sites.is_plain(
-            module, name, _dims(module, name)
-        )
+        marked = self.keys[id(module)][name] in self.marked
+        return not marked and sites.is_plain(module, name, _dims(module, name))
 
 
 _FSDP1 = (
@@ -89,7 +88,7 @@ _FSDP1 = (
 
 
 def _key(module: nn.Module, name: str) -> Key:
-    own = module._parameters.get(name)
+    own = sites.own(module, name)
     return ("parameter", id(own)) if own is not None else ("effective", id(module), name)
 
 
@@ -103,9 +102,9 @@ def _at(path: str) -> str:
 
 
 def _dims(module: nn.Module, name: str) -> int:
-    own = module._parameters.get(name)
+    own = sites.own(module, name)
     if own is not None:
-        return 2 if is_lazy(own) else own.dim()  # a lazy weight is known by its name alone
+        return 2 if sites.is_lazy(own) else own.dim()  # a lazy weight is known by its name alone
     shape = sites.shape(module, name)
     return 0 if shape is None else len(shape)
 
@@ -117,7 +116,7 @@ def can_be_penalised(module: nn.Module, name: str) -> bool:
 
 def elements(site: Site) -> int:
     """Elements of the parameters behind a site, 0 while they are lazy."""
-    return sum(0 if is_lazy(t) else t.numel() for t in sites.stored(*site.owners[0]))
+    return sum(0 if sites.is_lazy(t) else t.numel() for t in sites.stored(*site.owners[0]))
 
 
 def class_name(module: nn.Module) -> str:

@@ -8,9 +8,9 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from regwrap import identity, planning, record
+from regwrap import identity, planning, record, sites
 from regwrap.errors import RegwrapWarning
-from regwrap.penalty import RegularizedMixin
+from regwrap.penalty import RegularizedMixin, warn_of_own_reg_loss
 from regwrap.planning import Claim, Draft, Key
 from regwrap.record import Census, Mark, Record, Reference
 from regwrap.surgery import output
@@ -21,6 +21,7 @@ def apply(root: nn.Module, draft: Draft) -> None:
     """Writes the plan on the model; a failure half-way leaves the model as it was."""
     modules = [node.module for node in draft.survey.firsts()]
     before = [(m, record.lift(m)) for m in modules]
+    spliced = identity.is_spliced(root, RegularizedMixin)
     try:
         _write(root, draft)
     except BaseException:
@@ -28,6 +29,8 @@ def apply(root: nn.Module, draft: Draft) -> None:
             record.strip(module)
             if lifted:
                 record.lay(module, lifted)
+        if not spliced:
+            identity.unsplice(root, RegularizedMixin)
         raise
 
 
@@ -38,12 +41,18 @@ def _write(root: nn.Module, draft: Draft) -> None:
         module = node.module
         record.write(module, records.get(id(module), record.EMPTY))
         hooked |= _sync_dropout(module)
-    if _owns_reg_loss(root):
-        _warn_of_own_reg_loss(root)
-    else:
-        identity.splice(root, RegularizedMixin)
+    if not expose(root):
+        warn_of_own_reg_loss(root)
     if hooked:
         _forget_compiled()
+
+
+def expose(root: nn.Module) -> bool:
+    """Gives the object its `reg_loss`; whether it has none of its own, which it would keep."""
+    if _owns_reg_loss(root):
+        return False
+    identity.splice(root, RegularizedMixin)
+    return True
 
 
 def _records(root: nn.Module, draft: Draft) -> dict[int, Record]:
@@ -71,6 +80,7 @@ def _records(root: nn.Module, draft: Draft) -> dict[int, Record]:
             carried=old.carried,
             factors=old.factors,
             rules=(*old.rules, *(draft.added if is_root else ())),
+            pending=old.pending,
             census=Census(modules[m] for m in marks) if is_root else old.census,
         )
     return records
@@ -90,11 +100,12 @@ def _reference(
 ) -> dict[str, Reference]:
     """The starting point of a site; the same term applied again keeps the one it has."""
     old = record.read(module)
-    kept = any(m.site == name and m.term == claim.term for m in old.marks)
-    if kept and name in old.references:
-        return {name: old.references[name]}
-    start = planning.start_of(draft.survey, claim, key)
-    return {} if start is None else {name: Reference(start)}
+    same = any(m.site == name and m.term == claim.term for m in old.marks)
+    kept = old.references.get(name) if same else None
+    # of a weight replaced by one of another shape (a resized embedding) there is nothing to keep
+    if kept is not None and (claim.rule not in draft.added or kept.fits(sites.look(module, name))):
+        return {name: kept}
+    return {name: Reference(planning.start_of(draft.survey, claim, key))}
 
 
 def _sync_dropout(module: nn.Module) -> bool:
@@ -118,15 +129,6 @@ def _owns_reg_loss(root: nn.Module) -> bool:
         return False
     held = (root.__dict__, root._parameters, root._buffers, root._modules)
     return hasattr(type(root), "reg_loss") or any("reg_loss" in names for names in held)
-
-
-def _warn_of_own_reg_loss(root: nn.Module) -> None:
-    warnings.warn(
-        f"{type(root).__name__} has a reg_loss of its own, which it keeps; read the penalties with "
-        "regwrap.reg_loss(model).",
-        RegwrapWarning,
-        stacklevel=5,
-    )
 
 
 def revert(root: nn.Module) -> None:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from regwrap.errors import PolicyError
 from regwrap.record import HOOK, Factor
 
 _RATE = "_regwrap_p"
@@ -19,14 +20,25 @@ def drop_output(module: nn.Module, args: Tuple[Tensor], output: Tensor) -> Tenso
     # Asking first and calling with a constant is the cheapest form (1.14 of a plain eval of small
     # layers, where a Dropout module costs 1.28).
     if module.training:
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            _require_tensor(module, output)
         return F.dropout(output, module._regwrap_p, True)  # type: ignore[arg-type]
     return output
+
+
+def _require_tensor(layer: nn.Module, output: object) -> None:
+    if not isinstance(output, Tensor):
+        raise PolicyError(
+            f"{type(layer).__name__} returned {type(output).__name__}, no tensor: a Dropout cannot "
+            "act on it; leave the layer out with None."
+        )
 
 
 def drop_scheduled(module: nn.Module, args: Any, output: Tensor) -> Tensor:
     """A forward hook: dropout at the layer's rate times its factor of the moment."""
     if not module.training:
         return output
+    _require_tensor(module, output)
     rate: float = module.__dict__[_RATE]
     factor: Factor = module.__dict__[_FACTOR]
     if torch.compiler.is_compiling():
