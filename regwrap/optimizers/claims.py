@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from regwrap import record, sites
@@ -90,7 +89,7 @@ def _check(claim: Claim, held: Held, optimizer: Optimizer) -> None:
         )
     w = claim.parameter()
     assert w is not None
-    if is_lazy(w):
+    if sites.is_lazy(w):
         raise PolicyError(
             f"{told} is lazy still; run a forward first, then make {name} and attach."
         )
