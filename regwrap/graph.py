@@ -6,31 +6,34 @@ and which dropout follow, and whether a rewrite of the owners is provably the mo
 `torch.fx` graph, every child a leaf.
 
 The graph is not recorded by running the body on proxies, as `torch.fx.Tracer.trace` does: that
-patches `nn.Module` for the whole process (another thread's forward fails meanwhile), runs the body's
-effects, decides `x is not None` once and for all, turns `y += 1` into `y = y + 1` and burns every
-attribute and global in. Here the tracer walks the syntax tree, which is first proved to be the code
-that runs (it is compiled again and compared with the function's bytecode), and emits one node for one
-operation, in order of evaluation. Nothing has a value at that time, so nothing can be burned in:
+patches `nn.Module` for the whole process (another thread's forward fails meanwhile), runs the
+body's effects, decides `x is not None` once and for all, turns `y += 1` into `y = y + 1` and burns
+every attribute and global in. Here the tracer walks the syntax tree, which is first proved to be
+the code that runs (it is compiled again and compared with the function's bytecode), and emits one
+node for one operation, in order of evaluation. Nothing has a value at that time, so nothing can be
+burned in:
 `self.scale`, `self.training` and globals are nodes that read them when they run, `y += 1` is a node
 that adds in place.
 
 The whitelist is what the tracer has a rule for. A statement or expression with control flow of its
 own (`if`, `for`, `with`, `a if c else b`, a comprehension) becomes one opaque node, a *part*, which
-runs the source as it stands; a child called in there is in doubt, the others are not. Whatever has no
-rule (closures, lambdas, `super()`, `yield`, imports) refuses the method. A child is also in doubt
-where it, or a module that holds it, is handed to code that could call it unseen.
+runs the source as it stands; a child called in there is in doubt, the others are not. Whatever has
+no rule (closures, lambdas, `yield`, imports) refuses the method. A child is also in doubt where it,
+or a module that holds it, is handed to code that could call it unseen.
 """
 
 from __future__ import annotations
 
 import ast
 import builtins
+import collections
 import contextlib
 import functools
 import inspect
 import linecache
 import operator
 import textwrap
+import threading
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -121,8 +124,8 @@ class Refused(Exception):
 def _definition(function: types.FunctionType) -> ast.FunctionDef:
     """The definition whose compilation is this very function.
 
-    A file edited since the import, an import hook, a lambda beside another one on its line, a `#line`
-    trick: whatever makes the text differ from what runs shows in the bytecode.
+    A file edited since the import, an import hook, a decorator that rewrites its function: whatever
+    makes the text differ from what runs shows in the bytecode.
     """
     code = function.__code__
     if inspect.isgeneratorfunction(function) or inspect.iscoroutinefunction(function):
@@ -148,8 +151,10 @@ def _parse(lines: list[str], code: types.CodeType) -> ast.Module:
     head = names[-2] if len(names) > 1 and names[-2].isidentifier() else "_"
     indented = block[0][:1] in (" ", "\t")  # not dedented: that would change strings of many lines
     tree = ast.parse((f"class {head}:\n" if indented else "") + "".join(block))
-    # Calls of `name.method()` compile differently where the file imports the name.
-    imported = _imported("".join(lines)) & spoken_by(code)
+    # Calls of `name.method()` compile differently where the file imports the name, even if the
+    # function has a variable of that name.
+    used = {n for c in _codes(code) for n in (*c.co_names, *c.co_varnames, *c.co_cellvars)}
+    imported = _imported("".join(lines)) & used
     tree.body[:0] = [ast.Import([ast.alias(n)]) for n in sorted(imported)]
     return ast.fix_missing_locations(tree)
 
@@ -214,6 +219,10 @@ def _same_constant(a: object, b: object) -> bool:
     return type(a) is type(b) and repr(a) == repr(b)  # repr: 0.0 is not -0.0, nor 1 True
 
 
+def _set(words: str) -> frozenset[str]:
+    return frozenset(words.split())
+
+
 # ---- which names a piece of code can say -----------------------------------------------------
 
 _PACKAGES = ("torch", "transformers.utils", "transformers.integrations", "math")
@@ -226,34 +235,12 @@ _RUNNERS = (
 )
 """Where functions call a module that they are given as a module, if at all, and none beneath it."""
 
-_INTROSPECTION = frozenset(
-    [
-        "children",
-        "modules",
-        "named_children",
-        "named_modules",
-        "_modules",
-        "__dict__",
-        "apply",
-        "get_submodule",
-        "_apply",
-        "vars",
-        "attrgetter",
-        "methodcaller",
-        "eval",
-        "exec",
-        "globals",
-        "locals",
-        "gc",
-        "sys",
-    ]
+_INTROSPECTION = _set(
+    "children modules named_children named_modules _modules __dict__ apply get_submodule _apply "
+    "vars attrgetter methodcaller eval exec globals locals gc sys"
 )
-_FORBIDDEN = frozenset(
-    ["super", "eval", "exec", "globals", "locals", "vars", "dir", "__import__", "delattr"]
-)
-_HARMLESS = frozenset(
-    ["isinstance", "hasattr", "len", "type", "id", "callable", "bool", "repr", "str", "print"]
-)
+_FORBIDDEN = _set("__class__ super eval exec globals locals vars dir __import__ delattr")
+_HARMLESS = _set("isinstance hasattr len type id callable bool repr str print")
 _LIMIT = 200
 
 
@@ -431,9 +418,13 @@ def _is_ours(cls: type) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Member:
-    """A function of a class; `plain`: it is an ordinary method, found under this name."""
+    """A function of a class; `plain`: it is an ordinary method.
+
+    Its key is its name, or, for one that a subclass has overridden, `name@module.Class`.
+    """
 
     name: str
+    key: str
     functions: tuple[types.FunctionType, ...]
     plain: bool
     visible: bool
@@ -450,9 +441,14 @@ def _members(cls: type) -> list[_Member]:
         for name, value in _own_attributes(klass):
             if functions := _functions(value):
                 plain = isinstance(value, types.FunctionType)
-                found.append(_Member(name, tuple(functions), plain, name not in taken))
+                key = _key(name, klass) if name in taken else name
+                found.append(_Member(name, key, tuple(functions), plain, name not in taken))
             taken.add(name)
     return found
+
+
+def _key(name: str, klass: type) -> str:
+    return f"{name}@{klass.__module__}.{klass.__qualname__}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -460,6 +456,9 @@ class _ClassWords:
     """For each name that a class defines, what its code says; no reference to the class."""
 
     members: Mapping[str, frozenset[str]]
+    by_key: Mapping[str, frozenset[str]]
+    stamp: tuple[weakref.ref[types.CodeType], ...]
+    """The code of its functions and of the global functions that they name, as it is now."""
 
     def live(self, roots: Iterable[str]) -> frozenset[str]:
         """The members that these reach, by name."""
@@ -476,21 +475,9 @@ class _ClassWords:
 
 
 _WORDS: weakref.WeakKeyDictionary[type, _ClassWords] = weakref.WeakKeyDictionary()
-_NOT_RUN = frozenset(
-    [
-        "__init__",
-        "__new__",
-        "__init_subclass__",
-        "__repr__",
-        "__str__",
-        "__deepcopy__",
-        "__copy__",
-        "__reduce__",
-        "__reduce_ex__",
-        "__getstate__",
-        "__setstate__",
-        "__del__",
-    ]
+_NOT_RUN = _set(
+    "__init__ __new__ __init_subclass__ __repr__ __str__ __deepcopy__ __copy__ __reduce__ "
+    "__reduce_ex__ __getstate__ __setstate__ __del__ __post_init__ __set_name__"
 )
 
 
@@ -504,39 +491,73 @@ def _is_special(name: str) -> bool:
 
 
 def _words(cls: type) -> _ClassWords:
-    known = _WORDS.get(cls)
-    if known is None:
+    return _WORDS[cls]
+
+
+def _read_words(classes: Iterable[type]) -> None:
+    """Reads classes anew: somebody may have replaced a method, or a function that it calls."""
+    for cls in classes:
         members: dict[str, frozenset[str]] = {}
+        by_key: dict[str, frozenset[str]] = {}
+        stamp: dict[types.FunctionType, None] = {}
         for member in _members(cls):
-            members[member.name] = members.get(member.name, frozenset()) | member.said
-        known = _WORDS[cls] = _ClassWords(members)
-    return known
+            functions = _with_global_functions(member.functions)
+            words = frozenset[str]().union(*(spoken_by(f.__code__) for f in functions))
+            members[member.name] = members.get(member.name, frozenset()) | words
+            by_key[member.key] = words
+            stamp |= functions
+        codes = tuple(weakref.ref(f.__code__) for f in stamp)
+        _WORDS[cls] = _ClassWords(members, by_key, codes)
+
+
+def _with_global_functions(
+    functions: Iterable[types.FunctionType],
+) -> dict[types.FunctionType, None]:
+    """Functions and those that they name, and so on, of the model's author.
+
+    Of classes that they name, what is written in a module's class: `Base.forward(self, x)`.
+    """
+    todo = list(functions)
+    seen: dict[types.FunctionType, None] = dict.fromkeys(todo)
+    while todo and len(seen) < _LIMIT:
+        function = todo.pop()
+        for value in _globals_of(function, spoken_by(function.__code__)):
+            found = [value]
+            if isinstance(value, type) and issubclass(value, nn.Module):
+                found = [v for n, v in vars(value).items() if n not in _NOT_RUN]
+            for item in found:
+                if isinstance(item, types.FunctionType) and item not in seen:
+                    if _is_trusted(item):
+                        continue
+                    seen[item] = None
+                    todo.append(item)
+    return seen
 
 
 # ---- the modules beneath an owner, looked up without running anything ------------------------
 
-_ABSENT = object()
+ABSENT = object()
 _Token = tuple[object, ...]
 
 
-def _look_up(module: nn.Module, name: str) -> object:
+def look_up(module: nn.Module, name: str) -> object:
     """What `module.name` would give, with descriptors as they are; nothing of the user's runs."""
     own = vars(module)
-    found = _ABSENT
+    found = ABSENT
     for klass in type(module).__mro__:
-        if name in vars(klass) and not _is_ours(klass):
-            found = vars(klass)[name]
+        if name in klass.__dict__ and not _is_ours(klass):
+            found = klass.__dict__[name]
             break
-    if found is not _ABSENT and hasattr(type(found), "__set__"):
+    if found is not ABSENT and hasattr(type(found), "__set__"):
         return found
     if name in own:
         return own[name]
-    if found is not _ABSENT:
+    if found is not ABSENT:
         return found
     for table in ("_parameters", "_buffers", "_modules"):
         if name in own.get(table, ()):
             return own[table][name]
-    return _ABSENT
+    return ABSENT
 
 
 def _is_indexed(module: nn.Module) -> bool:
@@ -545,7 +566,7 @@ def _is_indexed(module: nn.Module) -> bool:
 
 
 def _body_of(module: nn.Module) -> object:
-    return _look_up(module, "forward")
+    return look_up(module, "forward")
 
 
 _BODILESS = (nn.Module.forward, nn.ModuleList.forward, nn.ModuleDict.forward)
@@ -567,8 +588,8 @@ def _join(path: str, name: str) -> str:
 class _View:
     """Looks names up beneath one owner and remembers of what kind each was.
 
-    The tokens are the *layout* that an analysis holds for: an owner of the same class for which they
-    come out equal gets the same analysis.
+    The tokens are the *layout* that an analysis holds for: an owner of the same class for which
+    they come out equal gets the same analysis.
     """
 
     owner: nn.Module
@@ -581,7 +602,7 @@ class _View:
         return cast(nn.Module, found)
 
     def look(self, path: str, name: str) -> object:
-        found = _look_up(self.module(path), name)
+        found = look_up(self.module(path), name)
         self.seen[path, name] = _token(found)
         return found
 
@@ -601,7 +622,7 @@ class _View:
             return None
         if not isinstance(module, nn.Module):
             return None
-        return tuple(module._modules) if name == "*" else _token(_look_up(module, name))
+        return tuple(module._modules) if name == "*" else _token(look_up(module, name))
 
 
 def _token(found: object) -> _Token:
@@ -609,7 +630,7 @@ def _token(found: object) -> _Token:
         return ("module", weakref.ref(type(found)), "forward" in vars(found))
     if isinstance(found, torch.Tensor):
         return ("tensor",)
-    if found is _ABSENT:
+    if found is ABSENT:
         return ("absent",)
     if isinstance(found, types.FunctionType):
         return ("function", weakref.ref(found))
@@ -621,33 +642,11 @@ def _token(found: object) -> _Token:
 # ---- what a stretch of code may do to modules ------------------------------------------------
 
 _ANY = "**"
-_QUIET = frozenset(
-    [
-        "parameters",
-        "named_parameters",
-        "buffers",
-        "named_buffers",
-        "state_dict",
-        "training",
-        "train",
-        "eval",
-        "zero_grad",
-        "requires_grad_",
-        "to",
-        "half",
-        "float",
-        "double",
-        "bfloat16",
-        "type",
-        "cuda",
-        "cpu",
-        "_get_name",
-        "extra_repr",
-        "register_buffer",
-        "register_parameter",
-        "dump_patches",
-        "T_destination",
-    ]
+_PLAIN_SPECIAL = frozenset(("__setattr__", "__delattr__", "__call__", "__dir__"))
+_QUIET = _set(
+    "parameters named_parameters buffers named_buffers state_dict training train eval zero_grad "
+    "requires_grad_ to half float double bfloat16 type cuda cpu _get_name extra_repr "
+    "register_buffer register_parameter dump_patches T_destination"
 )
 
 
@@ -762,12 +761,17 @@ class _Reach:
                 return self._items(node.args[0]) if node.args else _NO_PATHS
             if node.func.id in _ITERATORS:
                 return frozenset().union(*(self._paths(a) for a in node.args))
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            if node.func.attr in ("pop", "get", "__getitem__", "get_submodule", *_LISTINGS):
-                base = self._paths(node.func.value)
-                deep = node.func.attr in ("get_submodule", "modules", "named_modules")
-                return frozenset(i for b in base for i in self._beneath(b, deep))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            return self._got(node.func)
         return _NO_PATHS
+
+    def _got(self, function: ast.Attribute) -> Paths:
+        """What a method of a container gives: `self.layers.values()`."""
+        if function.attr not in ("pop", "get", "__getitem__", "get_submodule", *_LISTINGS):
+            return _NO_PATHS
+        deep = function.attr in ("get_submodule", "modules", "named_modules")
+        base = self._paths(function.value)
+        return frozenset(i for b in base for i in self._beneath(b, deep))
 
     def _step(self, base: Paths, name: str) -> Paths:
         found = set()
@@ -896,8 +900,8 @@ def _is_introspection(view: _View, path: str, name: str) -> bool:
 def _unknown(view: _View, path: str, name: str) -> tuple[str, ...]:
     """The name itself where only a `__getattr__` of the author's could say what it is."""
     module = view.module(path)
-    custom = _look_up(module, "__getattr__") is not nn.Module.__getattr__
-    return (name,) if custom and view.look(path, name) is _ABSENT else ()
+    custom = look_up(module, "__getattr__") is not nn.Module.__getattr__
+    return (name,) if custom and view.look(path, name) is ABSENT else ()
 
 
 def _is_harmless(function: ast.AST) -> bool:
@@ -905,11 +909,11 @@ def _is_harmless(function: ast.AST) -> bool:
 
 
 def _written(index: ast.AST) -> object:
-    """The constant that an index is, or `_ABSENT`."""
+    """The constant that an index is, or `ABSENT`."""
     try:
         return ast.literal_eval(cast(ast.expr, index))
     except (ValueError, TypeError, SyntaxError):
-        return _ABSENT
+        return ABSENT
 
 
 def _item(view: _View, path: str, index: object) -> str | None:
@@ -1084,27 +1088,27 @@ class _Scope:
 
     def value(self, name: str) -> object:
         table = self.function.__globals__
-        return table[name] if name in table else getattr(builtins, name, _ABSENT)
+        return table[name] if name in table else getattr(builtins, name, ABSENT)
 
     def thing(self, node: ast.AST) -> object:
-        """What a dotted global name is; `_ABSENT` if it is none."""
+        """What a dotted global name is; `ABSENT` if it is none."""
         if isinstance(node, ast.Name):
-            return _ABSENT if node.id in self.locals else self.value(node.id)
+            return ABSENT if node.id in self.locals else self.value(node.id)
         if isinstance(node, ast.Attribute):
             return _within(self.thing(node.value), node.attr)
-        return _ABSENT
+        return ABSENT
 
     def names(self, node: ast.AST) -> _Names:
         thing = self.thing(node)
-        return _EVERYTHING if thing is _ABSENT else _names_of(thing)
+        return _EVERYTHING if thing is ABSENT else _names_of(thing)
 
 
 def _within(base: object, name: str) -> object:
     if isinstance(base, types.ModuleType):
-        return vars(base).get(name, _ABSENT)
+        return vars(base).get(name, ABSENT)
     if isinstance(base, type):
-        return inspect.getattr_static(base, name, _ABSENT)
-    return _ABSENT
+        return inspect.getattr_static(base, name, ABSENT)
+    return ABSENT
 
 
 class Tracer(fx.Tracer):
@@ -1415,11 +1419,10 @@ class Tracer(fx.Tracer):
     # calls
 
     def _call(self, node: ast.Call) -> _Value:
-        if _is_written_getattr(node) and len(node.args) == 2:
-            name = str(cast(ast.Constant, node.args[1]).value)
-            return self._member(self._expr(node.args[0]), name)
         if any(isinstance(a, ast.GeneratorExp) for a in node.args):
             return self._whole(node)
+        if _is_written_getattr(node):
+            return self._getattr(node)
         callee = self._callee(node.func)
         if _may_rebind(node, self):
             callee = self._kept(callee, early=True)
@@ -1431,12 +1434,46 @@ class Tracer(fx.Tracer):
             kwargs[keyword.arg or f"**{i}"] = self._argument(keyword.value, callee)
         return self._call_node(callee, args, kwargs, stars)
 
+    def _getattr(self, node: ast.Call) -> _Value:
+        """`getattr(x, "name")`, with or without a default."""
+        base, name = self._expr(node.args[0]), str(cast(ast.Constant, node.args[1]).value)
+        if len(node.args) == 2 and not node.keywords:
+            return self._member(base, name)
+        if isinstance(base, _Ref):
+            found = self.view.look(base.path, name)
+            if isinstance(found, nn.Module | types.FunctionType) or _unknown(
+                self.view, base.path, name
+            ):
+                self._doubt("given", base.path, _EVERYTHING, f"uses `{_short(node)}`")
+        rest = [self._lower(self._expr(a)) for a in node.args[1:]]
+        args = (self._lower(base, handed=False), *rest)
+        return self._node("call_function", getattr, args, say="getattr")
+
     def _callee(self, node: ast.expr) -> _Value:
+        if _is_super(node):
+            return self._super(cast(ast.Attribute, node).attr)
         if isinstance(node, ast.Attribute):
             base = self._expr(node.value)
             if not isinstance(base, _Ref | _Global | _Method):
                 return _Of(self._lower(base), node.attr)
         return self._expr(node)
+
+    def _super(self, name: str) -> _Super:
+        """`super().name`, as it is for this owner's class."""
+        cells = self.function.__closure__ or ()
+        above = _content(cells[0]) if cells else None
+        mro = type(self.view.owner).__mro__
+        if not isinstance(above, type) or above not in mro:
+            raise Refused("uses super() in a way that is not followed")
+        for klass in mro[mro.index(above) + 1 :]:
+            found = klass.__dict__.get(name)
+            if found is not None and not _is_ours(klass):
+                if not isinstance(found, types.FunctionType):
+                    raise Refused(f"uses super().{name}, which is no plain method")
+                if klass is nn.Module and name not in _QUIET | _PLAIN_SPECIAL:
+                    raise Refused(f"uses super().{name}")
+                return _Super(name, _key(name, klass), found)
+        raise Refused(f"uses super().{name}, which is not there")
 
     def _argument(self, node: ast.expr, callee: _Value) -> Any:
         value = self._expr(node)
@@ -1454,7 +1491,7 @@ class Tracer(fx.Tracer):
     def _names(self, callee: _Value) -> _Names:
         """What the called code may say: of all that it can be, as far as that is known."""
         if isinstance(callee, _Global):
-            return _EVERYTHING if callee.value is _ABSENT else _names_of(callee.value)
+            return _EVERYTHING if callee.value is ABSENT else _names_of(callee.value)
         choices = callee.meta.get("choices") if isinstance(callee, fx.Node) else None
         if not choices:
             return _EVERYTHING
@@ -1470,6 +1507,10 @@ class Tracer(fx.Tracer):
             return self._node(
                 "call_method", callee.name, (callee.base, *args), kwargs, stars=frozenset(first)
             )
+        if isinstance(callee, _Super):
+            node = self._node("call_function", callee.function, tuple(args), kwargs, None, stars)
+            node.meta["super"] = (callee.name, callee.key)
+            return node
         if isinstance(callee, _Ref):
             if not callee.path:
                 raise Refused(f"calls `{callee.text}` itself")
@@ -1494,7 +1535,7 @@ class Tracer(fx.Tracer):
             return _Ref(value.path, value.text, node)
         if isinstance(value, _Global) or (early and isinstance(value, _Method)):
             return self._lower(value, handed=False)
-        return value if isinstance(value, _Ref) or early else self._lower(value)
+        return value if isinstance(value, _Ref | _Super) or early else self._lower(value)
 
     def _lower(self, value: _Value, handed: bool = True) -> Any:
         """The value as an argument of a node; a module that gets away from here is in doubt."""
@@ -1504,8 +1545,7 @@ class Tracer(fx.Tracer):
                 self._doubt("given", value.path, _EVERYTHING, why)
             return self._kept(value).node if value.path else self._node_of(value.text)
         if isinstance(value, _Method):
-            node = self._node("get_attr", _join(value.ref.path, value.name), say=value.text)
-            return node
+            return self._node("get_attr", _join(value.ref.path, value.name), say=value.text)
         if isinstance(value, _Global):
             node = self._node_of(value.text)
             node.meta["choices"] = (value.value,) if callable(value.value) else None
@@ -1535,6 +1575,25 @@ class Tracer(fx.Tracer):
         node = self.graph.create_node(op, target, args, kwargs or {}, name=word)
         node.meta.update(say=say, stars=stars, keys=keys)
         return node
+
+
+@dataclass(frozen=True, slots=True)
+class _Super:
+    """`super().name`: a function of a base class, called with self."""
+
+    name: str
+    key: str
+    function: types.FunctionType
+
+
+def _is_super(node: ast.AST) -> bool:
+    return (
+        isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Call)
+        and isinstance(node.value.func, ast.Name)
+        and node.value.func.id == "super"
+        and not node.value.args
+    )
 
 
 _CALLABLE = (types.FunctionType, types.BuiltinFunctionType, type)
@@ -1635,9 +1694,8 @@ def _named_in(targets: Iterable[ast.AST]) -> frozenset[str]:
 
 
 def _checked(function: types.FunctionType) -> ast.FunctionDef:
-    if function.__closure__:
-        free = function.__code__.co_freevars
-        raise Refused("uses super()" if free == ("__class__",) else "is decorated or a closure")
+    if function.__closure__ and function.__code__.co_freevars != ("__class__",):
+        raise Refused("is decorated or a closure")
     tree = _definition(function)
     if not tree.args.args or tree.args.posonlyargs:
         raise Refused("does not take `self` as its first argument by name")
@@ -1769,6 +1827,8 @@ def _short(node: ast.AST) -> str:
 
 def _why(node: ast.AST) -> str:
     """Why a child called in there is not found by the graph."""
+    if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute | ast.Subscript):
+        return f"sets `{_short(node.targets[0])}`"
     if isinstance(node, ast.If | ast.IfExp):
         return f"branches on `{_short(node.test)}`"
     if isinstance(node, ast.For):
@@ -1809,43 +1869,18 @@ _ACTIVATIONS: tuple[type[nn.Module], ...] = (
     nn.Hardshrink,
     nn.PReLU,
 )
-_NAMES = [
-    "relu",
-    "leaky_relu",
-    "gelu",
-    "silu",
-    "tanh",
-    "sigmoid",
-    "elu",
-    "selu",
-    "celu",
-    "relu6",
-    "hardswish",
-    "hardsigmoid",
-    "hardtanh",
-    "mish",
-    "softplus",
-    "softsign",
-    "logsigmoid",
-    "tanhshrink",
-    "softshrink",
-    "hardshrink",
-    "prelu",
-]
+_NAMES = _set(
+    "relu leaky_relu gelu silu tanh sigmoid elu selu celu relu6 hardswish hardsigmoid hardtanh "
+    "mish softplus softsign logsigmoid tanhshrink softshrink hardshrink prelu"
+)
 _FUNCTIONS = {
     id(f): n for n in _NAMES for s in (F, torch) if (f := getattr(s, n, None)) is not None
 }
 _INPLACE_NEXT = ("relu", "relu6", "selu", "silu", "mish", "hardswish", "hardsigmoid")
 _METHODS = frozenset(("relu", "tanh", "sigmoid"))
-_DROPOUTS = [
-    "dropout",
-    "dropout1d",
-    "dropout2d",
-    "dropout3d",
-    "alpha_dropout",
-    "feature_alpha_dropout",
-    "feature_dropout",
-]
+_DROPOUTS = _set(
+    "dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout feature_dropout"
+)
 _DROP_FUNCTIONS = {id(f) for n in _DROPOUTS for s in (F, torch) if (f := getattr(s, n, None))}
 
 
@@ -1889,7 +1924,7 @@ def _function_called(user: fx.Node) -> object:
     """The function that a node calls, also one that lies in an attribute of the owner."""
     if user.target is not call:
         return user.target if user.op == "call_function" else None
-    callee = list(user.args)[0]
+    callee = user.args[0]
     if not isinstance(callee, fx.Node) or callee.op != "get_attr":
         return None
     choices: tuple[object, ...] = callee.meta.get("choices") or ()
@@ -1974,6 +2009,8 @@ class Facts:
 
     calls: tuple[Call, ...]
     doubts: tuple[_Doubt, ...]
+    supers: tuple[tuple[str, str], ...] = ()
+    """Which method calls which overridden one by `super()`, by their keys."""
     written: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
     """Room for what is made from these facts, for every owner that they hold for."""
 
@@ -1989,6 +2026,8 @@ class Facts:
 
 def facts_about(owner: nn.Module, children: Iterable[str]) -> Facts:
     """What the owner's code does with these modules beneath it, as far as itself can tell."""
+    with _LOCK:
+        _read_words([type(owner)])
     words = _words(type(owner))
     interest = {_name_of(owner, child)[0] for child in children}
     return facts(owner, frozenset(interest), words.live(_roots(words.members)))
@@ -2004,12 +2043,16 @@ def _name_of(owner: nn.Module, child: str) -> tuple[str, str]:
     return (names[end - 1] if end else ""), ".".join(names[:end])
 
 
-def method_of(cls: type, name: str) -> types.FunctionType:
-    """The class's own plain method, beneath any rewrite."""
+def method_of(cls: type, key: str) -> types.FunctionType:
+    """The class's own plain method of this key, beneath any rewrite."""
+    name = key.split("@")[0]
     for klass in cls.__mro__:
-        if name in vars(klass) and not _is_ours(klass):
-            return cast(types.FunctionType, vars(klass)[name])
-    raise Refused(f"{cls.__name__} has no method {name}")
+        if name in vars(klass) and not _is_ours(klass) and key in (name, _key(name, klass)):
+            found = vars(klass)[name]
+            if isinstance(found, types.FunctionType):
+                return found
+            break
+    raise Refused(f"{name} is no plain method")
 
 
 def trace(owner: nn.Module, method: str = "forward") -> fx.Graph:
@@ -2018,18 +2061,18 @@ def trace(owner: nn.Module, method: str = "forward") -> fx.Graph:
     Raises:
         Refused: the method is not provably what a graph can say.
     """
-    function = _look_up(owner, method)
+    function = method_of(type(owner), method)
     if method in vars(owner):
         raise Refused(f"{method} was replaced on the instance")
-    if not isinstance(function, types.FunctionType):
-        raise Refused(f"{method} is no plain method")
     try:
         return Tracer(_View(owner), function).write()
     except Refused as error:
         raise Refused(f"{method} {error}") from None
 
 
-_Known = tuple[frozenset[str], frozenset[str], dict[tuple[str, str], _Token], Facts]
+_Key = tuple[frozenset[str], frozenset[str], tuple[weakref.ref[types.CodeType], ...]]
+_Known = tuple[_Key, dict[tuple[str, str], _Token], Facts]
+_LOCK = threading.RLock()
 _LAYOUTS = 64
 _FACTS: weakref.WeakKeyDictionary[type, list[_Known]] = weakref.WeakKeyDictionary()
 
@@ -2042,35 +2085,94 @@ def facts(owner: nn.Module, interest: frozenset[str], live: frozenset[str]) -> F
         interest: The names of the layers beneath it that are asked about.
         live: Its methods that the model's own code may reach.
     """
-    cls = type(owner)
-    known = _FACTS.setdefault(cls, [])
-    view = _View(owner)
-    for names, roots, tokens, found in known:
-        if names == interest and roots == live and view.fits(tokens):
-            return found
-    found = _facts(view, interest, live)
-    del known[:-_LAYOUTS]
-    known.append((interest, live, view.seen, found))
+    view, key = _View(owner), (interest, live, _words(type(owner)).stamp)
+    with _LOCK:
+        known = _FACTS.setdefault(type(owner), [])
+        for of, tokens, found in known:
+            if of == key and view.fits(tokens):
+                return found
+        found = _facts(view, interest, live)
+        del known[:-_LAYOUTS]
+        known.append((key, view.seen, found))
     return found
 
 
 def _facts(view: _View, interest: frozenset[str], live: frozenset[str]) -> Facts:
     owner = view.owner
-    calls: list[Call] = []
     doubts = list(_doubts_of_owner(view))
     view.look("", "forward")
     if _is_stock_sequential(owner):
         return _facts_of_sequential(view)
-    for member in _members(type(owner)):
-        if member.name in _NOT_RUN and member.name not in live:
-            continue
-        said, is_live = member.said, member.name in live
-        if said & interest or (is_live and (said & _INTROSPECTION or _is_indexed(owner))):
-            view.look("", member.name)
-            found, unsure = _read_member(view, member, is_live)
-            calls += found
-            doubts += unsure
-    return Facts(tuple(calls), tuple(doubts))
+    reading = _Reading(view, interest, live)
+    reading.read()
+    return Facts(
+        tuple(reading.calls), tuple(doubts + reading.doubts), tuple(dict.fromkeys(reading.supers))
+    )
+
+
+class _Reading:
+    """Reads the methods of one owner that matter to the layers asked about."""
+
+    def __init__(self, view: _View, interest: frozenset[str], live: frozenset[str]) -> None:
+        self.view, self.interest, self.live = view, interest, live
+        self.members = {m.key: m for m in _members(type(view.owner))}
+        self.words = _words(type(view.owner)).by_key
+        self.calls: list[Call] = []
+        self.doubts: list[_Doubt] = []
+        self.supers: list[tuple[str, str]] = []
+        self.is_indexed = _is_indexed(view.owner)
+        hidden = (m for m in self.members.values() if not m.visible and m.name not in _NOT_RUN)
+        self.hidden = [m for m in hidden if self._matters(m)]
+        self.seen: set[str] = set()
+
+    def _matters(self, member: _Member) -> bool:
+        looks_round = member.name in self.live and (
+            self.is_indexed or bool(member.said & _INTROSPECTION)
+        )
+        return bool(self.words[member.key] & self.interest) or looks_round
+
+    def read(self) -> None:
+        for member in self.members.values():
+            runs = member.name not in _NOT_RUN or member.name in self.live
+            by_super = bool(self.hidden) and "super" in member.said
+            if member.visible and runs and (self._matters(member) or by_super):
+                self.view.look("", member.name)
+                self._read(member)
+
+    def _read(self, member: _Member) -> None:
+        if member.key in self.seen:
+            return
+        self.seen.add(member.key)
+        is_live = member.name in self.live
+        try:
+            tracer = self._tracer(member)
+            nodes = list(tracer.write().nodes)
+        except Refused as error:
+            self._give_up(member, is_live, str(error))
+            return
+        self.doubts += [d for d in tracer.doubts if is_live or d.kind == "called"]
+        found = (n for n in nodes if n.op == "call_module")
+        self.calls += [_described(n, self.view, member.key) for n in found]
+        for _, key in (n.meta["super"] for n in nodes if "super" in n.meta):
+            self.supers.append((member.key, key))
+            above = self.members.get(key)
+            if above is not None and (self._matters(above) or "super" in above.said):
+                self._read(above)
+
+    def _tracer(self, member: _Member) -> Tracer:
+        if not member.plain or len(member.functions) != 1:
+            raise Refused("is decorated")
+        if member.visible and member.name in vars(self.view.owner):
+            raise Refused("was replaced on the instance")
+        return Tracer(self.view, member.functions[0])
+
+    def _give_up(self, member: _Member, is_live: bool, why: str) -> None:
+        self.doubts += _doubts_of_function(self.view, member, is_live, why)
+        if "super" in member.said:
+            for hidden in self.hidden:
+                if hidden.key not in self.seen:
+                    self.seen.add(hidden.key)
+                    self._give_up(hidden, is_live, f"may be reached from where it {why}")
 
 
 def _doubts_of_owner(view: _View) -> Iterator[_Doubt]:
@@ -2102,24 +2204,6 @@ def _facts_of_sequential(view: _View) -> Facts:
         doubts.append(_Doubt("called", path, _NOTHING, reason))
     graph.output(value)
     return Facts(tuple(calls_of(graph, view.owner)), tuple(doubts))
-
-
-def _read_member(view: _View, member: _Member, is_live: bool) -> tuple[list[Call], list[_Doubt]]:
-    if member.plain and member.visible and len(member.functions) == 1:
-        try:
-            if member.name in vars(view.owner):
-                raise Refused("was replaced on the instance")
-            tracer = Tracer(view, member.functions[0])
-            found = [_described(n, view, member.name) for n in _child_calls(tracer.write())]
-            return found, [d for d in tracer.doubts if is_live or d.kind == "called"]
-        except Refused as error:
-            return [], _doubts_of_function(view, member, is_live, str(error))
-    why = "is decorated" if member.visible else "of a base class is overridden"
-    return [], _doubts_of_function(view, member, is_live, why)
-
-
-def _child_calls(graph: fx.Graph) -> Iterator[fx.Node]:
-    return (n for n in graph.nodes if n.op == "call_module")
 
 
 def _doubts_of_function(view: _View, member: _Member, is_live: bool, why: str) -> list[_Doubt]:
@@ -2176,12 +2260,14 @@ def survey(model: nn.Module, wanted: Callable[[nn.Module], bool] = is_linear) ->
     """
     above = _ways(model, wanted)
     interest = _interests(above)
-    live = _live_members(model)
-    strays = _strays(model)
-    verdicts = {}
-    for path, (layer, ways) in above.items():
-        verdicts[path] = _judge(path, layer, ways, interest, live, strays)
-    return verdicts
+    with _LOCK:
+        _read_words({type(m) for m in model.modules()})
+        live = _live_members(model)
+        strays = _strays(model)
+        read = _Reader(interest, live)
+        return {
+            path: _judge(path, layer, ways, read, strays) for path, (layer, ways) in above.items()
+        }
 
 
 def _ways(
@@ -2212,7 +2298,7 @@ def _ways(
 def _way(stack: list[tuple[str, nn.Module]]) -> Iterator[_Above]:
     end = len(stack) - 1
     named = end
-    while named > 1 and _is_indexed(stack[named - 1][1]):
+    while named > 0 and _is_indexed(stack[named - 1][1]):
         named -= 1
     owner = next((i for i in range(end - 1, -1, -1) if _has_body(stack[i][1])), 0)
     for i in range(end):
@@ -2252,14 +2338,13 @@ def _judge(
     path: str,
     layer: nn.Module,
     ways: list[_Above],
-    interest: dict[int, frozenset[str]],
-    live: dict[type, frozenset[str]],
+    read: _Reader,
     strays: _Strays,
 ) -> Verdict:
     sites: list[Site] = []
     reasons: list[str] = []
     for way in ways:
-        found = _facts_if_relevant(way, interest, live)
+        found = read.facts(way)
         if found is None:
             continue
         calls = tuple(c for c in found.calls if c.child == way.child)
@@ -2269,7 +2354,7 @@ def _judge(
     reasons += [_hooks_doubt(way) for way in ways]
     if isinstance(layer, torch.jit.ScriptModule):
         reasons.append("the layer is a ScriptModule")
-    reasons.append(strays.doubt(layer, ways, live))
+    reasons.append(strays.doubt(layer, ways, read.live))
     return Verdict(path, tuple(sites), next(filter(None, reasons), ""))
 
 
@@ -2282,23 +2367,57 @@ def _hooks_doubt(way: _Above) -> str:
     return ""
 
 
-def _facts_if_relevant(
-    way: _Above, interest: dict[int, frozenset[str]], live: dict[type, frozenset[str]]
-) -> Facts | None:
-    """The facts of an owner whose code can say the layer's name or look around."""
-    module = way.module
-    if not _has_body(module):
-        return None
-    if _is_stock_sequential(module):
-        return facts(module, frozenset(), frozenset()) if way.is_owner else None
-    words = _words(type(module))
-    said = words.said(words.members)
-    reached = live[type(module)]
-    wide = bool(words.said(reached) & _INTROSPECTION) or "forward" in vars(module)
-    special = isinstance(module, torch.jit.ScriptModule | fx.GraphModule)
-    if way.local in said or not way.anchor or wide or special:
-        return facts(module, interest[id(module)] & said, reached)
-    return None
+@dataclass(slots=True)
+class _Reader:
+    """Reads every module above a layer once."""
+
+    interest: dict[int, frozenset[str]]
+    live: dict[type, frozenset[str]]
+    said: dict[type, tuple[frozenset[str], bool]] = field(default_factory=dict)
+    known: dict[int, Facts] = field(default_factory=dict)
+    bodies: dict[int, tuple[bool, bool]] = field(default_factory=dict)
+
+    def facts(self, way: _Above) -> Facts | None:
+        """Of an owner whose code can say the layer's name or looks around; None of another."""
+        if not self._is_relevant(way):
+            return None
+        found = self.known.get(id(way.module))
+        if found is None:
+            found = self.known[id(way.module)] = self._read(way.module)
+        return found
+
+    def _is_relevant(self, way: _Above) -> bool:
+        module = way.module
+        body = self.bodies.get(id(module))
+        if body is None:
+            body = (_has_body(module), _is_stock_sequential(module))
+            self.bodies[id(module)] = body
+        if not all(body):
+            return body[0] and self._is_said(way)
+        return way.is_owner
+
+    def _is_said(self, way: _Above) -> bool:
+        module = way.module
+        said, is_wide = self._said(type(module))
+        special = isinstance(module, torch.jit.ScriptModule | fx.GraphModule)
+        named = way.local in said or not way.anchor
+        return named or is_wide or special or "forward" in vars(module)
+
+    def _said(self, cls: type) -> tuple[frozenset[str], bool]:
+        found = self.said.get(cls)
+        if found is None:
+            words = _words(cls)
+            live = self.live[cls]
+            is_wide = bool(words.said(live) & _INTROSPECTION)
+            runs = (m for m in words.members if m not in _NOT_RUN or m in live)
+            found = self.said[cls] = (words.said(runs), is_wide)
+        return found
+
+    def _read(self, module: nn.Module) -> Facts:
+        if _is_stock_sequential(module):
+            return facts(module, frozenset(), frozenset())
+        interest = self.interest[id(module)] & self._said(type(module))[0]
+        return facts(module, interest, self.live[type(module)])
 
 
 # ---- modules that are also kept outside the tree ---------------------------------------------
@@ -2321,15 +2440,15 @@ class _Stray:
 class _Strays:
     """References to modules, and bound methods, that lie in attributes where no tree shows them."""
 
-    found: tuple[_Stray, ...]
+    found: Mapping[int, list[_Stray]]
     globals: tuple[tuple[type, frozenset[str]], ...]
 
     def doubt(self, layer: nn.Module, ways: list[_Above], live: dict[type, frozenset[str]]) -> str:
-        for stray in self.found:
-            if stray.module is layer:
-                return stray.reason
-            for way in ways:
-                if stray.module is way.module and self._may_call(stray, way, live):
+        for stray in self.found.get(id(layer), ()):
+            return stray.reason
+        for way in ways:
+            for stray in self.found.get(id(way.module), ()):
+                if self._may_call(stray, way, live):
                     return stray.reason
         for cls, said in self.globals:
             if any(way.local in said for way in ways):
@@ -2344,6 +2463,7 @@ class _Strays:
         return way.local in words.said(live.get(stray.holder, frozenset()))
 
 
+_EMPTIABLE = (dict, collections.OrderedDict, list, tuple, set)
 _TABLES = frozenset(("_parameters", "_buffers", "_modules"))
 _DEEP = 4
 
@@ -2351,41 +2471,41 @@ _DEEP = 4
 def _strays(model: nn.Module) -> _Strays:
     inside = {id(m): m for m in model.modules()}
     seen: set[int] = set()
-    found = [s for m in inside.values() for s in _kept_by(m, inside, seen)]
+    found: dict[int, list[_Stray]] = {}
+    for module in inside.values():
+        for stray in _kept_by(module, inside, seen):
+            found.setdefault(id(stray.module), []).append(stray)
     classes = {type(m) for m in inside.values()}
     spoken = tuple((c, w) for c in classes if (w := _said_with_globals(c, inside)))
-    return _Strays(tuple(found), spoken)
+    return _Strays(found, spoken)
 
 
 def _kept_by(module: nn.Module, inside: dict[int, nn.Module], seen: set[int]) -> Iterator[_Stray]:
     for attribute, value in vars(module).items():
+        if type(value) in _EMPTIABLE and not value:
+            continue
         if attribute not in _TABLES and not isinstance(value, _PLAIN):
             for item in _walk(value, _DEEP, seen):
                 if isinstance(item, types.MethodType):
                     if id(item.__self__) in inside:
                         owner = cast(nn.Module, item.__self__)
                         yield _Stray(type(module), attribute, owner, item.__func__.__name__)
-                elif id(item) in inside and not (attribute == "forward" and item is module):
-                    yield _Stray(type(module), attribute, cast(nn.Module, item), None)
+                elif not (attribute == "forward" and item is module):
+                    for kept in cast(nn.Module, item).modules():
+                        if id(kept) in inside:
+                            yield _Stray(type(module), attribute, kept, None)
 
 
 def _said_with_globals(cls: type, inside: Mapping[int, nn.Module]) -> frozenset[str]:
     """What code says that a class runs and that has a module of the model in a global variable."""
     live = _words(cls).live(_roots(_words(cls).members))
-    todo = [f for m in _members(cls) if m.name in live for f in m.functions]
-    seen: set[types.FunctionType] = set()
     words: frozenset[str] = frozenset()
-    while todo and len(seen) < _LIMIT:
-        function = todo.pop()
-        if function in seen or _is_trusted(function):
-            continue
-        seen.add(function)
+    own = (f for m in _members(cls) if m.name in live for f in m.functions)
+    for function in _with_global_functions(own):
         said = spoken_by(function.__code__)
-        for value in _globals_of(function, said):
-            if isinstance(value, nn.Module):
-                words |= said if any(id(m) in inside for m in value.modules()) else frozenset()
-            elif isinstance(value, types.FunctionType):
-                todo.append(value)
+        held = (v for v in _globals_of(function, said) if isinstance(v, nn.Module))
+        if any(id(m) in inside for v in held for m in v.modules()):
+            words |= said
     return words
 
 

@@ -2,8 +2,8 @@
 
 `rewrite(owner, inserts)` registers the dropouts as the owner's last children and gives this one
 object a subclass of its class, in which the methods that call the children are generated from
-`graph.trace` with the dropouts in place. While none of the dropouts trains, the original method runs.
-`restore(owner)` takes both out again.
+`graph.trace` with the dropouts in place. While none of the dropouts trains, the original method
+runs. `restore(owner)` takes both out again.
 
 The subclass says what it is: `inserts`, names and source text are plain data on it, shared by every
 owner of equal code; nothing refers to the owner, so that a copy, a pickle and another process have
@@ -121,10 +121,15 @@ def _free_names(owner: nn.Module, inserts: tuple[Insert, ...]) -> tuple[str, ...
         stem = f"regwrap_dropout_{insert.child.replace('.', '_')}"
         stem = "".join(c if c.isalnum() else "_" for c in stem)
         name, n = stem, 1
-        while name in names or name in owner._modules or hasattr(owner, name):
+        while name in names or name in owner._modules or not _is_free(owner, name):
             name, n = f"{stem}_{n}", n + 1
         names.append(name)
     return tuple(names)
+
+
+def _is_free(owner: nn.Module, name: str) -> bool:
+    # Not hasattr: the author's __getattr__ may have an answer to everything.
+    return graphs.look_up(owner, name) is graphs.ABSENT
 
 
 # ---- the class -------------------------------------------------------------------------------
@@ -198,13 +203,14 @@ def _subclass(cls: type, plan: Rewrite) -> type:
     body: dict[str, Any] = {n: vars(cls)[n] for n in ("__module__", "__doc__") if n in vars(cls)}
     body |= {"__qualname__": cls.__qualname__, _MADE: plan, "__init__": _plain_init(cls)}
     files = []
-    for name, source in plan.sources:
-        original = graphs.method_of(cls, name)
-        files.append(
-            filename := f"<regwrap {cls.__qualname__}.{name} {hash(source) & 0xFFFFFFFF:x}>"
-        )
+    functions: dict[str, types.FunctionType] = {}
+    for key, source in plan.sources:
+        original = graphs.method_of(cls, key)
+        filename = f"<regwrap {cls.__qualname__}.{key} {hash(source) & 0xFFFFFFFF:x}>"
+        files.append(filename)
         linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
-        body[name] = _function(cls, original, source, filename)
+        functions[key] = _function(cls, original, source, filename, functions)
+    body |= {key: f for key, f in functions.items() if "@" not in key}
     made = _create(cls, (_Rewritten, cls), body)
     for filename in files:
         weakref.finalize(made, linecache.cache.pop, filename, None)
@@ -223,12 +229,18 @@ def _plain_init(cls: type) -> Callable[..., None]:
 
 
 def _function(
-    cls: type, original: types.FunctionType, source: str, filename: str
+    cls: type,
+    original: types.FunctionType,
+    source: str,
+    filename: str,
+    others: dict[str, types.FunctionType],
 ) -> types.FunctionType:
     made: dict[str, Any] = {}
     code = compile(source, filename, "exec", dont_inherit=True)
     exec(code, original.__globals__, made)
-    function: types.FunctionType = made["_regwrap_build"](cls)
+    cells = original.__closure__  # of super(): the class that the method was written in
+    written_in = cells[0].cell_contents if cells else None
+    function: types.FunctionType = made["_regwrap_build"](cls, written_in, others)
     function.__defaults__ = original.__defaults__
     function.__kwdefaults__ = original.__kwdefaults__
     function.__annotations__ = dict(original.__annotations__)
@@ -252,13 +264,17 @@ def _sources(
             where = f"{type(owner).__name__}.{insert.child}"
             raise PolicyError(f"{where} cannot be rewritten: {reason or 'it is never called'}")
         methods |= dict.fromkeys(c.method for c in calls)
+    callers = [caller for caller, target in facts.supers if target in methods]
+    while new := [c for c in callers if c not in methods]:
+        methods |= dict.fromkeys(new)
+        callers = [caller for caller, target in facts.supers if target in methods]
     for method in methods:
         graph = graphs.trace(owner, method)
         for insert, name in zip(inserts, names, strict=True):
             _insert(graph, owner, insert, name)
         graph.lint()
         original = graphs.method_of(type(owner), method)
-        yield method, _Text(graph, original, names).write()
+        yield method, _Text(graph, original, names, frozenset(methods)).write("@" not in method)
 
 
 def _insert(graph: fx.Graph, owner: nn.Module, insert: Insert, name: str) -> None:
@@ -309,14 +325,19 @@ class _Text:
     """Writes one method from its graph, each node a line, every name looked up when it runs."""
 
     def __init__(
-        self, graph: fx.Graph, original: types.FunctionType, dropouts: tuple[str, ...]
+        self,
+        graph: fx.Graph,
+        original: types.FunctionType,
+        dropouts: tuple[str, ...],
+        methods: frozenset[str],
     ) -> None:
-        self.graph, self.original = graph, original
+        self.graph, self.original, self.methods = graph, original, methods
         code = original.__code__
         self.count = code.co_argcount + code.co_kwonlyargcount
         self.me = code.co_varnames[0]
         used = {str(n.target) for n in graph.nodes if n.op == "call_module"}
-        self.dropouts = [d for d in dropouts if d in used]
+        reaches = any(n.meta.get("super", ("", ""))[1] in methods for n in graph.nodes)
+        self.dropouts = [d for d in dropouts if d in used or reaches]
         self.parts: list[str] = []
         self.names = self._node_names()
         self.last = self._last_uses()
@@ -334,27 +355,15 @@ class _Text:
                 names[node] = name
         return names
 
-    def write(self) -> str:
+    def write(self, is_entry: bool) -> str:
+        """The text; an entry runs the original method while no dropout trains."""
         body = [line for node in self.graph.nodes for line in self._freeing(node)]
         signature, passed = self._signature()
         method = self.original.__name__
-        checks = " or ".join(f'children["{d}"].training' for d in self.dropouts)
-        head = [
-            f"children = {self.me}._modules",
-            f"if not ({checks}):",
-            f"    return _regwrap_base.{method}({self.me}{passed})",
-        ]
-        taken = {*self.names.values(), *graphs.spoken_by(self.original.__code__)}
-        variable = "children"
-        while variable in taken:
-            variable += "_"
-        head = [line.replace("children", variable, 1) for line in head[:1]] + [
-            head[1].replace("children[", f"{variable}["),
-            head[2],
-        ]
+        head = self._head(f"_regwrap_base.{method}({self.me}{passed})") if is_entry else []
         return "\n".join(
             [
-                "def _regwrap_build(_regwrap_base):",
+                "def _regwrap_build(_regwrap_base, _regwrap_class, _regwrap_supers):",
                 "    _regwrap_unbound = object()",
                 *(_indented(p) for p in self.parts),
                 f"    def {method}({self.me}{signature}):",
@@ -363,6 +372,17 @@ class _Text:
                 "",
             ]
         )
+
+    def _head(self, original: str) -> list[str]:
+        children = "children"
+        while children in {*self.names.values(), *graphs.spoken_by(self.original.__code__)}:
+            children += "_"
+        checks = " or ".join(f'{children}["{d}"].training' for d in self.dropouts)
+        return [
+            f"{children} = {self.me}._modules",
+            f"if not ({checks}):",
+            f"    return {original}",
+        ]
 
     def _signature(self) -> tuple[str, str]:
         """The parameters behind `self`, and the arguments that hand them on."""
@@ -435,6 +455,12 @@ class _Text:
             return f"{self._base(node.args[0])}.{node.target}({self._arguments(node, 1)})"
         if node.target is graphs.part:
             return self._part(node)
+        if "super" in node.meta:
+            name, key = node.meta["super"]
+            args = self._arguments(node, 0)
+            if key in self.methods:
+                return f"_regwrap_supers[{key!r}]({self.me}{', ' if args else ''}{args})"
+            return f"super(_regwrap_class, {self.me}).{name}({args})"
         if node.target is graphs.build:
             left, right = cast(tuple[str, str], say)
             if node.meta["keys"] is not None:
