@@ -51,7 +51,7 @@ class Branching(Base):
     """The same for any input without a mask; the call is where no graph can show it."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        if mask is None:
+        if mask is None:  # noqa: SIM108
             h = torch.tanh(self.a(x))
         else:
             h = torch.tanh(self.a(x * mask))
@@ -863,7 +863,7 @@ def test_a_later_rule_overrides_wherever_the_earlier_one_put_it(
     where = "0" if build is sequential else "a"
     both = [(where, PLACES[first]), (where, PLACES[last])]
     model = build()
-    for rules in ([both] if calls == 1 else [both[:1], both[1:]]):
+    for rules in [both] if calls == 1 else [both[:1], both[1:]]:
         put(model, rules)
     alone = put(build(), both[1:])
     assert [{**r, "rule": 0} for r in rows(model)] == [{**r, "rule": 0} for r in rows(alone)]

@@ -77,7 +77,7 @@ def _serves(claim: Claim, survey: Survey, layer: nn.Module) -> bool:
     """Whether the claim was made for the layer, whose path may have grown since."""
     told = claim.note.partition(":")[0]
     paths = (f".{path}" for path in survey.names[id(layer)])
-    return told.startswith(_FOR) and any(p.endswith(f".{told[len(_FOR):]}") for p in paths)
+    return told.startswith(_FOR) and any(p.endswith(f".{told[len(_FOR) :]}") for p in paths)
 
 
 _FOR = "for "
