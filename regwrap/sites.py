@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
+from regwrap import graph
 from regwrap.errors import PolicyError, brief
 
 T = TypeVar("T")
@@ -59,7 +60,8 @@ def nodes(model: nn.Module) -> list[Node]:
         seen.add(id(module))
         above.add(id(module))
         for name, child in module._modules.items():
-            if child is not None and id(child) not in above and not _is_hidden(name, child):
+            known = child is None or id(child) in above
+            if not known and not _is_hidden(module, name, child):
                 visit(f"{path}.{name}" if path else name, child, index)
         above.remove(id(module))
 
@@ -67,17 +69,21 @@ def nodes(model: nn.Module) -> list[Node]:
     return found
 
 
-def _is_hidden(name: str, child: nn.Module) -> bool:
+def _is_hidden(module: nn.Module, name: str, child: nn.Module) -> bool:
     """Parametrizations, and the dropouts that a rewrite of ours put in."""
-    return _is_machinery(name, child) or name.startswith(INSERTED)
+    return _is_machinery(name, child) or name in inserted(module)
 
 
-INSERTED = "regwrap_dropout"
+def inserted(module: nn.Module) -> tuple[str, ...]:
+    """The children that a rewrite of ours gave the module, by name."""
+    made = getattr(type(module), graph.MADE, None)
+    return () if made is None else made.names
 
 
 def children(module: nn.Module) -> list[nn.Module]:
     """The module's own children, as its author knows them."""
-    return [c for n, c in module._modules.items() if c is not None and not _is_hidden(n, c)]
+    named = module._modules.items()
+    return [c for n, c in named if c is not None and not _is_hidden(module, n, c)]
 
 
 def _is_machinery(name: str, child: nn.Module) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from regwrap import penalty, planning, surgery, table
+from regwrap import penalty, planning, record, sites, surgery, table
 from regwrap.planning.dropouts import rate_of
 from regwrap.terms import L1, L2, DropConnect, Dropout
 
@@ -58,7 +58,7 @@ class _Case:
 
     def plain(self) -> nn.Module:
         plain = copy.deepcopy(self.model)
-        surgery.revert(plain)
+        surgery.take_back(plain)
         return plain
 
     def run(self, model: nn.Module) -> list[Tensor]:
@@ -88,9 +88,9 @@ def verify(model: nn.Module, *args: Any, compiled: bool = False, **kwargs: Any) 
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Leaves the random state as it was."""
+    """Leaves the random state as it was, and lets gradients be compared under `no_grad` too."""
     devices = range(torch.cuda.device_count())
-    with torch.random.fork_rng(devices=list(devices)):
+    with torch.random.fork_rng(devices=list(devices)), torch.enable_grad():
         yield
 
 
@@ -131,17 +131,20 @@ def _train_identical(case: _Case) -> tuple[bool, str]:
     ours, plain = _silenced(case.ours().train()), _silenced(case.plain().train())
     outputs = [case.run(m) for m in (ours, plain)]
     gradients = [_gradients(m, out) for m, out in zip((ours, plain), outputs, strict=True)]
-    shared = [name for name in gradients[1] if name in gradients[0]]
-    same = _same(*outputs) and all(
-        torch.equal(gradients[0][name], gradients[1][name]) for name in shared
-    )
-    told = f"{len(outputs[1])} outputs and {len(shared)} gradients bit for bit"
+    shared = gradients[0].keys() & gradients[1].keys()  # a parametrized weight has another name
+    same = _same(*outputs) and all(_equal(*(g[name] for g in gradients)) for name in shared)
+    count = sum(gradients[1][name] is not None for name in shared)
+    told = f"{len(outputs[1])} outputs and {count} gradients bit for bit"
     return same, f"{told}, in training with every dropout rate at 0"
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and torch.equal(a, b))
 
 
 def _silenced(model: nn.Module) -> nn.Module:
     """The model with every dropout at rate 0, its own and ours."""
-    for module in model.modules():
+    for module in _alone(model).modules():
         held = vars(module)
         name = rate_of(module)
         if name is not None:
@@ -149,17 +152,37 @@ def _silenced(model: nn.Module) -> nn.Module:
         if "_regwrap_p" in held:
             held["_regwrap_p"] = 0.0
         if "_regwrap_kind" in held:
-            _silenced(held["_regwrap_kind"])
+            held["_regwrap_kind"] = type(held["_regwrap_kind"])(0.0)
+        for name in sites.inserted(module):
+            child = module._modules[name]
+            assert child is not None
+            module._modules[name] = type(child)(0.0).train(child.training)
         if hasattr(type(module), "regwrap_mask"):
             held["p"] = 0.0
     return model
 
 
-def _gradients(model: nn.Module, outputs: list[Tensor]) -> dict[str, Tensor]:
+def _alone(model: nn.Module) -> nn.Module:
+    """The model with its own dropouts at rate 0, and only those of the policy in force."""
+    ours = {id(m._modules[name]) for m in model.modules() for name in sites.inserted(m)}
+    for module in model.modules():
+        name = None if id(module) in ours or _is_ruled(module) else rate_of(module)
+        if name is not None:
+            vars(module)[name] = 0.0
+    return model
+
+
+def _is_ruled(module: nn.Module) -> bool:
+    """Whether the module's own rate is a rule's."""
+    marks = record.read(module).marks
+    return any(isinstance(m.term, Dropout) and m.mechanism == "direct" for m in marks)
+
+
+def _gradients(model: nn.Module, outputs: list[Tensor]) -> dict[str, Tensor | None]:
     learned = [o.abs().sum() for o in outputs if o.requires_grad]
     if learned:
         torch.stack([value.float() for value in learned]).sum().backward()  # type: ignore[no-untyped-call]
-    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return {n: p.grad for n, p in model.named_parameters()}
 
 
 def _drops(case: _Case) -> tuple[bool, str]:
@@ -167,11 +190,13 @@ def _drops(case: _Case) -> tuple[bool, str]:
         entry
         for entry in planning.in_force(case.model)
         if isinstance(entry.term, Dropout | DropConnect) and entry.mechanism and entry.term.p > 0
+        if not entry.note.startswith("without effect")
     ]
     if not acting:
         return True, "the policy has no dropout in force"
     with torch.no_grad():
-        dropped = case.run(case.ours().train())
+        # the model's own dropouts draw from the same stream, and would differ in any case
+        dropped = case.run(_alone(case.ours().train()))
         silent = case.run(_silenced(case.ours().train()))
     told = f"{len(acting)} dropouts in force, outputs in training with them and without"
     return not _same(dropped, silent), told
@@ -188,16 +213,19 @@ def _state_untouched(case: _Case) -> tuple[bool, str]:
 
 def _undone(case: _Case) -> tuple[bool, str]:
     plain = case.plain()
-    left = [
-        key
-        for module in plain.modules()
-        for key in (*vars(module), *vars(module)["_forward_hooks"], *module._modules)
-        if "regwrap" in str(key)
-    ]
+    left = [key for module in plain.modules() for key in _ours_on(module)]
     classes = [type(module) for module in plain.modules()]
     ours = [c.__name__ for c in classes if issubclass(c, penalty.RegularizedMixin)]
     told = f"{len(classes)} modules of a copy after unregularize"
     return not left and not ours, told + (f"; left: {left[:3] + ours[:3]}" if left or ours else "")
+
+
+def _ours_on(module: nn.Module) -> list[str]:
+    """What regwrap keeps on a module: attributes, hooks, children."""
+    hooks = (*module._forward_hooks, *module._forward_pre_hooks)
+    attributes = [name for name in vars(module) if name.startswith("_regwrap")]
+    hooked = [str(key) for key in hooks if str(key).startswith("regwrap")]
+    return [*attributes, *hooked, *sites.inserted(module)]
 
 
 def _pickles(case: _Case) -> tuple[bool, str]:

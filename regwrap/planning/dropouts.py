@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
@@ -31,6 +32,7 @@ class Place:
 def claim_calls(survey: Survey, claims: Claims, rule: Rule, reach: Reach) -> int:
     """Gives a Dropout the layers it reaches and the rates it names; returns how many."""
     assert isinstance(rule.term, Dropout)
+    _refuse_kind(rule, rule.term)
     layers = _layers(survey, reach)
     rates = list(_rates_named(reach))
     _refuse_idle(survey, rule, layers if not rates else [])
@@ -75,7 +77,7 @@ def _serves(claim: Claim, survey: Survey, layer: nn.Module) -> bool:
     """Whether the claim was made for the layer, whose path may have grown since."""
     told = claim.note.partition(":")[0]
     paths = (f".{path}" for path in survey.names[id(layer)])
-    return told.startswith(_FOR) and any(p.endswith(f".{told[len(_FOR):]}") for p in paths)
+    return told.startswith(_FOR) and any(p.endswith(f".{told[len(_FOR) :]}") for p in paths)
 
 
 _FOR = "for "
@@ -150,6 +152,20 @@ def _rate_note(module: nn.Module) -> str:
     if isinstance(module, nn.RNNBase) and module.num_layers == 1:
         return f"without effect: a {class_name(module)} drops between its layers, and has one"
     return ""
+
+
+def _refuse_kind(rule: Rule, term: Dropout) -> None:
+    """Refuses a class that would put parameters or buffers into the checkpoint."""
+    if issubclass(term.kind, _DropoutNd):
+        return
+    with torch.random.fork_rng(devices=[]):
+        state = term.kind(term.p).state_dict()
+    if state:
+        raise PolicyError(
+            f"Rule ({shown(rule.where)!r}: {rule.term!r}) has a kind with a state of its own "
+            f"({', '.join(state)}), which the checkpoint would show; name a class without "
+            "parameters and buffers."
+        )
 
 
 def _refuse_idle(survey: Survey, rule: Rule, layers: list[nn.Module]) -> None:
@@ -248,7 +264,7 @@ def _no_activation(survey: Survey, rule: Rule, layer: nn.Module, calls: list[gra
     if follower:
         why = f"no elementwise activation follows it, but {follower}"
     elif calls:
-        why = "its activation is a function in code that cannot be rewritten"
+        why = "the code that calls it cannot be rewritten, and no module serves it alone"
     else:
         why = "the code that calls it cannot be read"
     return (
@@ -334,5 +350,5 @@ def _warn_of_output(survey: Survey, rule: Rule, reach: Reach, layers: list[nn.Mo
                 f"{_path(survey, layer)!r}, whose output is the model's: predictions are dropped; "
                 "write at='input' for it, or clear it with None.",
                 RegwrapWarning,
-                stacklevel=7,
+                stacklevel=6,
             )

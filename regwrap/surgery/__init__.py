@@ -174,6 +174,12 @@ def _owns_reg_loss(root: nn.Module) -> bool:
 
 def revert(root: nn.Module) -> None:
     """Takes back everything at and beneath the module, on copies of a model too."""
+    if take_back(root):
+        _forget_compiled()
+
+
+def take_back(root: nn.Module) -> bool:
+    """The same with what is compiled left alone, for a copy that never was; whether hooks went."""
     changed = False
     _refuse_owner_above(root)
     sharded = sites.sharded(root)
@@ -190,8 +196,7 @@ def revert(root: nn.Module) -> None:
         fx.restore(module)
         changed |= record.strip(module)
         identity.unsplice(module, RegularizedMixin)
-    if changed:
-        _forget_compiled()
+    return changed
 
 
 def _refuse_owner_above(root: nn.Module) -> None:
