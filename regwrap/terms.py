@@ -22,8 +22,8 @@ from regwrap.proximal import Metric
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
     """The real dtype in which a sum over `dtype` is right: float32, or wider."""
-    real = dtype.to_real() if dtype.is_complex else dtype
-    return torch.promote_types(real, torch.float32)
+    # not dtype.to_real(), which torch.compile does not know
+    return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
 
 
 def _real(w: Tensor) -> Tensor:
