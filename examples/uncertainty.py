@@ -103,7 +103,7 @@ def draw(auroc_of: dict[str, dict[str, list[float]]], out: Path) -> None:
         panel.errorbar(values.mean(1), rows, xerr=around, fmt="o", capsize=3, label=way)
     panel.axvline(0.5, color="gray", ls=":", label="a coin")
     panel.set_yticks(range(len(kinds)), list(reversed(kinds)))
-    panel.set(xlim=(0.2, 1.0), ylim=(-0.5, len(kinds) - 0.5), xlabel="AUROC against unseen digits")
+    panel.set(xlim=(0.15, 1.0), ylim=(-0.5, len(kinds) - 0.5), xlabel="AUROC against unseen digits")
     figure.legend(loc="outside upper center", ncols=4, frameon=False)
     panel.grid(axis="x", alpha=0.25)
     figure.savefig(out, dpi=150)
@@ -128,7 +128,7 @@ def report(
     console.print(
         f"Unseen digits: {mean_and_spread(accuracies)} % right, of the surer half "
         f"{mean_and_spread(kept)} %: it finds\nits own mistakes. It is no reliable detector of "
-        f"foreign images: {np.mean(passes[worst]):.2f} for\n{worst}, where a coin gets .50; the "
+        f"foreign images: {np.mean(passes[worst]):.2f} for\n{worst}, where a coin gets .50;\nthe "
         f"{PASSES} passes add {more:+.2f} to one pass on average.",
         highlight=False,
     )

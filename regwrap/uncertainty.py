@@ -54,6 +54,7 @@ def mc_dropout(model: nn.Module) -> Iterator[None]:
         )
     modes = [(m, m.training) for m in modules]
     buffers = _buffers([m for m in modules if id(m) in dropping])
+    records = _records(modules)
     try:
         for module, _ in modes:
             _set(module, id(module) in dropping or _bypasses(module, dropping))
@@ -62,6 +63,9 @@ def mc_dropout(model: nn.Module) -> Iterator[None]:
         for module, mode in modes:
             _set(module, mode)
         _put_back(buffers)
+        for held, before in records:
+            held.clear()
+            held.update(before)
 
 
 def mc_predict(
@@ -221,6 +225,12 @@ def _buffers(modules: list[nn.Module]) -> list[tuple[Tensor, Tensor]]:
     """Each buffer with a copy: the old spectral_norm moves its own when its layer trains."""
     held = (b for m in modules for b in m._buffers.values() if b is not None)
     return [(buffer, buffer.clone()) for buffer in held]
+
+
+def _records(modules: list[nn.Module]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """What the last forward left for penalties on outputs, with a copy: passes would clear it."""
+    found = (m.__dict__.get("_regwrap_seen") for m in modules)
+    return [(vars(seen), dict(vars(seen))) for seen in found if seen is not None]
 
 
 def _put_back(buffers: list[tuple[Tensor, Tensor]]) -> None:

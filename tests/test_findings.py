@@ -335,6 +335,11 @@ def test_attached_terms_are_fine():
     assert set(codes((model, optimizer))) == {"no-zeros", "decay-not-carried"}
     rw.attach(model, optimizer)
     assert doctor(model, optimizer) == []
+    model = ruled({"fc1": rw.MaxNorm(1.0)})
+    optimizer = adam(model)
+    assert codes((model, optimizer)) == ["not-attached"]
+    rw.attach(model, optimizer)
+    assert doctor(model, optimizer) == []
 
 
 def test_most_severe_first_and_one_a_rule():

@@ -19,6 +19,7 @@ _CHECKS: tuple[Callable[[Look], Iterator[Finding]], ...] = (
     decay.cancelled,
     decay.on_norms,
     strengths.frozen,
+    strengths.not_attached,
     strengths.before_norm,
     strengths.no_zeros,
     strengths.magnitudes,

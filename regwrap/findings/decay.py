@@ -57,7 +57,7 @@ def uncarried(look: Look, rates: dict[int, float]) -> list[Entry]:
         entry
         for entry in look.policy
         if isinstance(entry.term, WeightDecay)
-        and "attached" not in entry.note
+        and not look.is_carried(entry)
         and any(
             p.requires_grad and rates.get(id(p)) != wanted.get(id(p)) for p in look.stored(entry)
         )
@@ -82,15 +82,24 @@ def stale(look: Look) -> Iterator[Finding]:
     held = {id(p) for _, p in look.groups}
     gone = len(held - own)
     missing = [path for path, _, _, p in look.parameters() if id(p) not in held]
-    if gone and missing:  # parameters of another model beside all of this one are no fault
+    torn = any(_is_torn(look, entry, held) for entry in look.policy)
+    # Parameters of another model beside all of this one are no fault, nor are parts left out.
+    if (gone or torn) and missing:
         yield Finding(
             "optimizer-stale",
             "error",
             missing[0],
-            f"{type(look.optimizer).__name__} holds {gone} parameters that {look.name} does not "
-            f"have, and not {listed(missing)}: these do not train.",
+            f"{type(look.optimizer).__name__} was made for another state of {look.name}: it holds "
+            f"{gone} parameters that the model does not have, and not {listed(missing)}, which so "
+            "does not train.",
             "Make the optimizer after regularize, and again after replacing a layer.",
         )
+
+
+def _is_torn(look: Look, entry: Entry, held: set[int]) -> bool:
+    """Whether the optimizer has some of the parameters behind a site (hadamard's U), not all."""
+    inside = [id(p) in held for p in look.stored(entry)]
+    return entry.mechanism == "parametrization" and any(inside) and not all(inside)
 
 
 def cancelled(look: Look) -> Iterator[Finding]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from regwrap import planning, sites
+from regwrap import planning, record, sites
 from regwrap.record import Entry
 from regwrap.terms import WeightTerm
 
@@ -70,6 +70,11 @@ class Look:
         """The parameters behind the entry's site; none for an output or a call."""
         return sites.stored(self.module(entry), entry.site) if entry.shape is not None else []  # type: ignore[arg-type]
 
+    def is_carried(self, entry: Entry) -> bool:
+        """Whether `attach` has taken the entry over."""
+        carried = getattr(record.read(self.module(entry)), "carried", None)
+        return carried is not None and _mark(entry) in carried.keys
+
     def in_loss(self, *kinds: type[WeightTerm]) -> list[Entry]:
         """Entries of these kinds on parameters that act through `reg_loss`, with a strength."""
         return [
@@ -90,6 +95,18 @@ class Look:
                     if tensor.requires_grad and not is_lazy(tensor) and id(tensor) not in seen:
                         seen.add(id(tensor))
                         yield join(node.path, name), node.module, name, tensor
+
+
+def factor_now(module: nn.Module, entry: Entry) -> float:
+    """What a schedule multiplies the entry by now, 1 where there is none."""
+    factor = getattr(record.read(module), "factors", {}).get(_mark(entry))
+    return 1.0 if factor is None else float(factor.value)
+
+
+def _mark(entry: Entry) -> tuple[str | None, tuple[str, ...]]:
+    """By what attach and schedules know an entry on its module."""
+    assert entry.term is not None
+    return entry.site, entry.term.family
 
 
 def join(path: str, name: str) -> str:

@@ -11,7 +11,7 @@ from torch import nn
 
 from regwrap import planning, record, sites
 from regwrap.errors import RegwrapError
-from regwrap.findings.look import Finding, Look, by_rule, listed, site_path
+from regwrap.findings.look import Finding, Look, by_rule, factor_now, listed, site_path
 from regwrap.findings.neighbours import neighbours
 from regwrap.record import Entry
 from regwrap.terms import L1, L2, Dropout, GroupLasso, WeightDecay, WeightTerm
@@ -35,6 +35,26 @@ def frozen(look: Look) -> Iterator[Finding]:
                 "only, and adds nothing.",
                 "Unfreeze them (they count from then on), or leave the rule out.",
             )
+
+
+def not_attached(look: Look) -> Iterator[Finding]:
+    """A term that acts in the optimizer's step alone (MaxNorm), without an attachment."""
+    waiting = [
+        e
+        for e in look.policy
+        if e.mechanism == "optimizer"
+        and not isinstance(e.term, WeightDecay)
+        and not look.is_carried(e)
+    ]
+    for entries in by_rule(waiting):
+        yield Finding(
+            "not-attached",
+            "error",
+            site_path(entries[0]),
+            f"{listed(map(site_path, entries))}: {entries[0].term!r} acts in the optimizer's step "
+            "alone, and no optimizer is attached.",
+            "Call regwrap.attach(model, optimizer) before training.",
+        )
 
 
 def before_norm(look: Look) -> Iterator[Finding]:
@@ -104,7 +124,7 @@ def _value(look: Look, entry: Entry) -> float:
     assert isinstance(entry.term, WeightTerm)
     value = entry.term.value(tensor, None if held is None else held.beside(tensor))
     whole = value.full_tensor() if hasattr(value, "full_tensor") else value
-    return float(whole)
+    return float(whole) * factor_now(module, entry)
 
 
 def _magnitude(

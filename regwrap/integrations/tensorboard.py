@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from regwrap import sites, table
 from regwrap.api import policy
-from regwrap.findings.look import site_path
+from regwrap.findings.look import factor_now, site_path
 from regwrap.penalty import penalties, reg_loss
 from regwrap.record import Entry
 from regwrap.terms import Dropout, WeightTerm
@@ -76,7 +76,7 @@ def _dropouts(root: nn.Module, entries: Iterable[Entry]) -> Iterator[tuple[str, 
 
 def _rate_now(root: nn.Module, entry: Entry) -> float:
     assert isinstance(entry.term, Dropout)
-    return float(getattr(root.get_submodule(entry.path), "_regwrap_p", entry.term.p))
+    return entry.term.p * factor_now(root.get_submodule(entry.path), entry)
 
 
 def _table(model: nn.Module) -> str:
