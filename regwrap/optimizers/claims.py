@@ -42,7 +42,7 @@ class Claim:
 
     def parameter(self) -> Tensor | None:
         """The live parameter."""
-        return self.module._parameters.get(self.site)
+        return sites.own(self.module, self.site)
 
 
 def claims(root: nn.Module, optimizer: Optimizer) -> list[Claim]:

@@ -1,0 +1,181 @@
+"""Exact zeros: L1 in the optimizer's step against L1 in the loss, beside scikit-learn's Lasso.
+
+Every row trains the same linear model on scikit-learn's diabetes data, with the same `L1(alpha)`,
+by gradient steps. In the loss, no weight ever becomes zero; with `attach`, the zeros are Lasso's
+and so are the coefficients, whatever the optimizer. Where torchao is installed, its proximal
+optimizers (`torchao.prototype.pat`) solve the same problem, at the same strength.
+
+    python examples/sparse.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from sklearn.datasets import load_diabetes
+from sklearn.linear_model import Lasso
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+import regwrap as rw
+from regwrap import L1
+
+MAKERS: dict[str, Callable[[Any], Optimizer]] = {
+    "SGD": lambda params: SGD(params, lr=0.2),
+    "momentum": lambda params: SGD(params, lr=0.05, momentum=0.9),
+    "Adam": lambda params: Adam(params, lr=0.01),
+    "AdamW": lambda params: AdamW(params, lr=0.01, weight_decay=0),
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one way of training ended at, and what a step of it took."""
+
+    way: str
+    optimizer: str
+    weight: np.ndarray
+    microseconds: float
+    """Of a step of the optimizer, the median."""
+    state: int
+    """Numbers that it keeps a weight."""
+
+
+def problem(alpha: float) -> tuple[Tensor, Tensor, np.ndarray]:
+    x, y = load_diabetes(return_X_y=True)
+    x, y = (x - x.mean(0)) / x.std(0), (y - y.mean()) / y.std()
+    lasso = Lasso(alpha=alpha, fit_intercept=False, tol=1e-14, max_iter=100_000).fit(x, y)
+    return torch.tensor(x), torch.tensor(y)[:, None], lasso.coef_
+
+
+def layer() -> nn.Linear:
+    model = nn.Linear(10, 1, bias=False).double()
+    nn.init.zeros_(model.weight)
+    return model
+
+
+def train(
+    way: str, name: str, model: nn.Linear, optimizer: Optimizer, data: Any, steps: int
+) -> Result:
+    x, y = data
+    times = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        ((model(x) - y).square().mean() / 2 + rw.reg_loss(model)).backward()
+        start = time.perf_counter()
+        optimizer.step()
+        times.append(time.perf_counter() - start)
+    weight = model.weight.detach()[0].numpy()
+    kept = optimizer.state[model.weight].values()
+    state = sum(isinstance(v, Tensor) and v.shape == model.weight.shape for v in kept)
+    return Result(way, name, weight, float(np.median(times)) * 1e6, state)
+
+
+def in_loss(name: str, alpha: float, data: Any, steps: int) -> Result:
+    model = rw.regularize(layer(), L1(alpha))
+    return train("L1 in the loss", name, model, MAKERS[name](model.parameters()), data, steps)
+
+
+def attached(name: str, alpha: float, data: Any, steps: int) -> Result:
+    model = rw.regularize(layer(), L1(alpha))
+    optimizer = MAKERS[name](model.parameters())
+    rw.attach(model, optimizer)
+    return train("attach", name, model, optimizer, data, steps)
+
+
+def torchao(name: str, alpha: float, data: Any, steps: int) -> Result:
+    from torchao.prototype.pat.optim import PruneOptimizer
+
+    model = layer()
+    group = {"params": [model.weight], "prox_type": "ProxLasso", "group_type": "ElemGrouper"}
+    optimizer = PruneOptimizer(MAKERS[name]([group]), reg_lambda=alpha)
+    return train("torchao", name, model, optimizer, data, steps)
+
+
+def table(results: list[Result], wanted: np.ndarray) -> Table:
+    shown = Table(title="L1 on diabetes: 10 weights, scikit-learn's Lasso as the measure")
+    for head in ("", "optimizer"):
+        shown.add_column(head)
+    for head in ("zeros", "same\nsupport", "largest\nerror", "us\na step", "state\na weight"):
+        shown.add_column(head, justify="right")
+    shown.add_row("scikit-learn", "", str((wanted == 0).sum()), "", "", "", "", end_section=True)
+    for i, r in enumerate(results):
+        shown.add_row(
+            r.way,
+            r.optimizer,
+            str((r.weight == 0).sum()),
+            "yes" if ((r.weight == 0) == (wanted == 0)).all() else "no",
+            f"{np.abs(r.weight - wanted).max():.0e}",
+            f"{r.microseconds:.0f}",
+            str(r.state),
+            end_section=i + 1 < len(results) and results[i + 1].way != r.way,
+        )
+    return shown
+
+
+def draw(results: list[Result], wanted: np.ndarray, path: Path) -> None:
+    """The coefficients, and their sizes on a logarithmic scale, where zeros fall off the edge."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    floor = 1e-9
+    marks = {"L1 in the loss": ("o", "tab:orange"), "attach": ("x", "tab:blue")}
+    marks["torchao"] = ("+", "tab:green")
+    at = np.arange(len(wanted))
+    left.bar(at, wanted, color="0.85", label="scikit-learn's Lasso")
+    right.bar(at, np.maximum(np.abs(wanted), floor), color="0.85")
+    seen = set()
+    for result in results:
+        marker, color = marks[result.way]
+        label = None if result.way in seen else f"{result.way}, {len(MAKERS)} optimizers"
+        seen.add(result.way)
+        style = {"linestyle": "", "marker": marker, "color": color, "alpha": 0.8}
+        left.plot(at, result.weight, label=label, fillstyle="none", **style)
+        right.plot(at, np.maximum(np.abs(result.weight), floor), fillstyle="none", **style)
+    left.axhline(0, color="0.5", linewidth=0.5)
+    left.set(title="coefficients", xlabel="feature", xticks=at)
+    left.legend(fontsize=8)
+    right.set(yscale="log", ylim=(floor / 2, 1), title="their sizes: zeros lie on the floor")
+    right.set(xlabel="feature", xticks=at)
+    ticks = [floor, 1e-7, 1e-5, 1e-3, 1e-1]
+    right.set_yticks(ticks, ["0", *(f"{t:.0e}" for t in ticks[1:])])
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Exact zeros: L1 in the step and in the loss.")
+    parser.add_argument("--alpha", type=float, default=0.05)
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--out", type=Path, default=Path("sparse.png"))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    console = Console()
+    x, y, wanted = problem(args.alpha)
+    runs = [(in_loss, name) for name in MAKERS] + [(attached, name) for name in MAKERS]
+    if importlib.util.find_spec("torchao"):
+        warnings.simplefilter("ignore")  # torchao's own, on import
+        runs += [(torchao, name) for name in MAKERS]
+    results = [
+        run(name, args.alpha, (x, y), args.steps)
+        for run, name in track(runs, "training", console=Console(stderr=True), transient=True)
+    ]
+    console.print(table(results, wanted))
+    draw(results, wanted, args.out)
+    console.print(f"[dim]coefficients drawn in {args.out}")
+
+
+if __name__ == "__main__":
+    main()
