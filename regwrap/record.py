@@ -281,7 +281,9 @@ class Policy:
     def sheet(self, **figures: Any) -> table.Sheet:
         """The policy as a table that shows these figures besides."""
         covered = {e.path for e in self.entries if e.mechanism is not None}
-        share = f" ({self.covered / self.parameters:.0%})" if self.parameters else ""
+        whole = self.covered == self.parameters
+        percent = round(100 * self.covered / self.parameters) if self.parameters else 0
+        share = f" ({percent if whole else min(percent, 99)}%)" if self.parameters else ""
         footer = (
             f"{len(covered)} of {self.layers} layers and {self.covered:,} of {self.parameters:,} "
             f"parameters{share} covered",

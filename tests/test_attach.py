@@ -243,7 +243,7 @@ def test_max_norm_is_a_value() -> None:
         == MaxNorm(2.0, 1)
         == pickle.loads(pickle.dumps(MaxNorm(2, 1)))
     )
-    with pytest.raises(rw.PolicyError, match="dim=2 is not there"):
+    with pytest.raises(rw.PolicyError, match="and no dim 2; give a dim"):
         rw.regularize(net(), MaxNorm(1, dim=2))
 
 
@@ -929,7 +929,7 @@ def test_a_second_attach_is_refused() -> None:
     rw.attach(model, optimizer)
 
 
-@pytest.mark.parametrize("rules", [None, Dropout(0.5), Orthogonal(0.1)])
+@pytest.mark.parametrize("rules", [None, {nn.Linear: Dropout(0.5)}, Orthogonal(0.1)])
 def test_a_policy_with_nothing_for_an_optimizer_is_refused(rules: Any) -> None:
     model = net() if rules is None else rw.regularize(net(), rules)
     message = "attach: Net has no entry for an optimizer; regularize it first with L1, L2,"

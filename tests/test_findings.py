@@ -384,7 +384,7 @@ def test_every_finding_is_a_sentence_and_a_way_out(code):
 
 
 def test_nothing_is_touched():
-    model = ruled({"": L2(1e-4) + Dropout(0.1), "fc1": L2SP(0.1)})
+    model = ruled({"": L2(1e-4), nn.Linear: Dropout(0.1), "fc1": L2SP(0.1)})
     model.norm = nn.BatchNorm1d(3)
     model.fc1 = nn.Linear(8, 16)
     model.eval().fc2.train()

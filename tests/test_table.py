@@ -68,7 +68,8 @@ def printed(model: nn.Module, console: Console | None = None, **how: Any) -> str
 
 def row(text: str, start: str) -> str:
     """The one line of the table that starts with this."""
-    (line,) = (line for line in text.splitlines() if line.startswith(start))
+    table = text.split("\n\n")[0]  # below it stand notes, which begin with names too
+    (line,) = (line for line in table.splitlines() if line.startswith(start))
     return re.sub(" {2,}", " | ", line.strip())
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from regwrap.errors import PolicyError
 from regwrap.findings.decay import uncarried
 from regwrap.findings.look import Look, listed, site_path
-from regwrap.penalty import penalties
+from regwrap.penalty import penalties, reg_loss
 
 _OUTPUT = ":output"  # how the keys of activity penalties end
 
@@ -36,9 +36,12 @@ def contains_penalties(model: nn.Module, loss: Tensor) -> bool:
     `fc.weight`) the loss's graph does to the same leaf. A forward that does so to every penalised
     weight would be mistaken for it; none is known.
     """
-    fresh = [value for key, value in penalties(model).items() if not key.endswith(_OUTPUT)]
-    wanted = {use for value in fresh for use in _uses(value)}
-    return bool(wanted) and wanted <= set(_uses(loss))
+    fresh = penalties(model)
+    outputs = {use for k, v in fresh.items() if k.endswith(_OUTPUT) for use in _uses(v)}
+    one_by_one = {use for value in fresh.values() for use in _uses(value)} - outputs
+    together = set(_uses(reg_loss(model))) - outputs  # other operations: it sums in buckets
+    found = set(_uses(loss))
+    return bool(one_by_one) and (one_by_one <= found or together <= found)
 
 
 def _uses(value: Tensor) -> Iterator[tuple[int, str]]:
