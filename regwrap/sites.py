@@ -60,9 +60,9 @@ def nodes(model: nn.Module) -> list[Node]:
         seen.add(id(module))
         above.add(id(module))
         for name, child in module._modules.items():
-            known = child is None or id(child) in above
-            if not known and not _is_hidden(module, name, child):
-                visit(f"{path}.{name}" if path else name, child, index)
+            if child is None or id(child) in above or _is_hidden(module, name, child):
+                continue
+            visit(f"{path}.{name}" if path else name, child, index)
         above.remove(id(module))
 
     visit("", model, None)

@@ -752,6 +752,17 @@ def test_the_models_output_is_warned_of_unless_it_is_named() -> None:
         put(Plain(), rules)  # warnings are errors
 
 
+@pytest.mark.parametrize("last", [None, Dropout(0.1, at="input"), Dropout(0), Dropout(0.2)])
+def test_the_output_is_not_warned_of_when_a_later_rule_has_taken_it(last: Any) -> None:
+    put(Plain(), {"": Dropout(0.1), "b": last})  # warnings are errors
+
+
+def test_the_output_is_warned_of_once_and_not_by_later_calls() -> None:
+    model = put(Plain(), Dropout(0.1), told=True)
+    put(model, L2(1e-3))
+    put(model, {"a": Dropout(0.2)})
+
+
 def test_the_output_of_a_nested_model_is_found() -> None:
     for model, name in (
         (nn.Sequential(Plain(), nn.Identity()), None),
@@ -927,6 +938,48 @@ def test_the_same_rules_again_are_no_change() -> None:
     put(model, {"a": Dropout(0.1)})
     assert trained(model) == first
     assert len([m for m in model.modules() if isinstance(m, nn.Dropout)]) == 2
+
+
+def test_a_dropout_in_a_second_call_is_written_beneath_the_class_of_the_root() -> None:
+    model = put(put(Plain(), L2(1e-3)), {"a": Dropout(0.5)})
+    first = put(Plain(), {"": L2(1e-3), "a": Dropout(0.5)})
+    assert [k.__name__ for k in type(model).__mro__] == [k.__name__ for k in type(first).__mro__]
+    assert policy(pickle.loads(pickle.dumps(model))) == policy(model)
+    assert policy(copy.deepcopy(model)) == policy(model)
+    undone(model, Plain)
+
+
+class ByKeyword(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(input=torch.tanh(self.a(x)))
+
+
+def test_a_call_that_fails_half_way_leaves_the_model_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = nn.Sequential(put(Outer(), {"fc": Dropout(0.1)}), nn.Sequential(Behind(), Plain()))
+    put(model, {"1.0.a": Dropout(0.2)})
+    before, acting = fingerprint(model), policy(model)
+    right = rw.surgery.fx.rewrite
+
+    def fail(owner: nn.Module, inserts: Any) -> None:
+        if isinstance(owner, Plain) and inserts:
+            raise RuntimeError("half-way")
+        right(owner, inserts)
+
+    monkeypatch.setattr("regwrap.surgery.fx.rewrite", fail)
+    with pytest.raises(RuntimeError, match="half-way"):
+        regularize(model, {"0.fc": None, "0.inner": L2(0.1), "1": Dropout(0.4), "1.1.b": None})
+    assert policy(model) == acting
+    assert model[1][0].drop.p == 0.2  # type: ignore[index]
+    assert not differences(before["repr"], fingerprint(model)["repr"])
+    assert not differences(before["class"], fingerprint(model)["class"])
+    monkeypatch.undo()
+    unregularize(model)
+    plain = nn.Sequential(Outer(), nn.Sequential(Behind(), Plain()))
+    after = fingerprint(model, identity=False)
+    assert not differences(fingerprint(plain, identity=False)["children"], after["children"])
+    assert repr(plain) == repr(model)
 
 
 # ---- a module beneath the owner --------------------------------------------------------------

@@ -73,9 +73,7 @@ IDLE = (
     "reaches only Linear layers that are never called in Net: a function uses their weights, so "
     "that a Dropout after them would never act; name another layer."
 )
-NOT_BUILT = "cannot be carried out yet: "
 COVERS = "covers; write on='all', or the parameter's own name."
-NO_LINEAR = "a Dropout after a layer that is no Linear is not built yet; name Linear layers."
 
 # The model, the rules, the error and its whole text.
 ERRORS: list[tuple[Callable[[], nn.Module], Any, type[Exception], str]] = [
@@ -131,10 +129,9 @@ ERRORS: list[tuple[Callable[[], nn.Module], Any, type[Exception], str]] = [
     (Net, {"q_proj.weight": Dropout(0.1)}, UnmatchedRule,
      "Rule 0 ('q_proj.weight': Dropout(0.1)) reaches no Linear layer in Net: 'q_proj.weight' is a "
      "parameter; name its layer 'q_proj'."),
-    (Net, {"block.act": Dropout(0.1)}, PolicyError,
-     f"Rule ('block.act': Dropout(0.1)) names 'block.act', a ReLU: {NO_LINEAR}"),
-    (Net, {nn.LayerNorm: Dropout(0.1)}, PolicyError,
-     f"Rule ('nn.LayerNorm': Dropout(0.1)) names 'block.norm', a LayerNorm: {NO_LINEAR}"),
+    (Net, {nn.LayerNorm: Dropout(0.1)}, UnmatchedRule,
+     "Rule 0 ('nn.LayerNorm': Dropout(0.1)) reaches no Linear layer in Net: none lies in "
+     "'block.norm' (LayerNorm); name a Linear, or what holds one."),
     (Net, {"attn.out_proj": Dropout(0.1)}, PolicyError,
      f"Rule ('attn.out_proj': Dropout(0.1)) {IDLE}"),
     # a site that cannot be acted on
@@ -152,30 +149,22 @@ ERRORS: list[tuple[Callable[[], nn.Module], Any, type[Exception], str]] = [
     (scripted, L2(0.1), PolicyError,
      "Rule ('': L2(0.1)) cannot act on '0.weight', which is a ScriptModule; regularize before "
      "scripting, or leave it out with {'0.weight': None}."),
-    (complex_, Dropout(0.1), PolicyError,
-     "Rule ('': Dropout(0.1)) cannot act on '0', which has complex weights, for which torch has "
+    (complex_, {"0": Dropout(0.1)}, PolicyError,
+     "Rule ('0': Dropout(0.1)) cannot act on '0', which has complex weights, for which torch has "
      "no dropout; penalise it instead, or leave it out with {'0': None}."),
     (compiled_inside, Dropout(0.1), PolicyError,
      "Rule ('': Dropout(0.1)) cannot act on '0._orig_mod', which is inside a compiled submodule; "
      "compile afterwards, or leave it out with {'0._orig_mod': None}."),
-    # what later versions build
-    (Net, Dropout(0.1, at="input"), PolicyError,
-     f"Rule 0 ('': Dropout(0.1, at='input')) {NOT_BUILT}at='input' is not built; leave at out."),
+    # a dropout or an output that is not there
     (Net, Dropout(0.1, at="activation"), PolicyError,
-     f"Rule 0 ('': Dropout(0.1, at='activation')) {NOT_BUILT}at='activation' is not built; leave "
-     "at out."),
-    (Net, Dropout(0.1, kind=nn.AlphaDropout), PolicyError,
-     f"Rule 0 ('': Dropout(0.1, kind=torch.nn.AlphaDropout)) {NOT_BUILT}kind=<class "
-     "'torch.nn.modules.dropout.AlphaDropout'> is not built; leave kind out."),
-    (Net, L1(0.1, when="called"), PolicyError,
-     f"Rule 0 ('': L1(0.1, when='called')) {NOT_BUILT}when='called' is not built; leave when "
-     "out."),
-    (Net, L1(0.1, solver="hadamard"), PolicyError,
-     f"Rule 0 ('': L1(0.1, solver='hadamard')) {NOT_BUILT}solver='hadamard' is not built; leave "
-     "solver out."),
+     "Rule ('': Dropout(0.1, at='activation')) finds no place behind the activation of 'q_proj': "
+     "the code that calls it cannot be read; write at='output'."),
+    (Net, {"q_proj": Dropout(0.1, kind=nn.PReLU)}, PolicyError,
+     "Rule ('q_proj': Dropout(0.1, kind=torch.nn.PReLU)) has a kind that cannot be built from a "
+     "rate alone (TypeError); name a class whose one argument is the rate."),
     (Net, {"q_proj": L2(0.1), "block": L1(0.1, on="output")}, PolicyError,
-     f"Rule 1 ('block': L1(0.1, on='output')) {NOT_BUILT}penalties on outputs are not built; "
-     "penalise a parameter instead."),
+     "Rule ('block': L1(0.1, on='output')) reaches only modules that are never called in Net: they "
+     "have no forward of their own, or a function uses their weights; name a module that runs."),
     # rules of another form
     (Net, 3, TypeError, f"{RULES}3 of type int."),
     (Net, None, TypeError, f"{RULES}None of type NoneType."),

@@ -369,7 +369,7 @@ def test_rows_have_all_keys_and_the_values_of_the_contract() -> None:
             "path": "head",
             "layer": "Linear",
             "site": "call",
-            "mechanism": "hook",
+            "mechanism": "fx",
             "rule": 1,
             "term": "Dropout(0.5)",
             "parameters": 0,
@@ -464,7 +464,13 @@ class Noisy(nn.Module):
 @pytest.mark.parametrize("name", list(hazards()))
 @pytest.mark.parametrize(
     "rules",
-    [L1(0.1) + L2(0.2), {"**": Dropout(0.5)}, {"": None}, {"nowhere": L2(0.1)}, L2SP(0.1)],
+    [
+        L1(0.1) + L2(0.2),
+        {"**": Dropout(0.5, at="input")},
+        {"": None},
+        {"nowhere": L2(0.1)},
+        L2SP(0.1),
+    ],
     ids=str,
 )
 def test_plan_and_policy_only_read(name: str, rules: Any) -> None:
@@ -505,7 +511,9 @@ def test_none_asks_for_a_match_but_not_for_anything_to_clear() -> None:
 
 
 def test_zero_strength_and_zero_rate() -> None:
-    model = rw.regularize(mlp(), {"": L2(0.1) + Dropout(0.5), "0": L2(0) + Dropout(0)})
+    model = rw.regularize(
+        mlp(), {"": (L2(0.1), Dropout(0.5, at="input")), "0": (L2(0), Dropout(0))}
+    )
     rows = {(r["path"], r["site"]): r for r in rw.policy(model).rows()}
     assert rows["0", "weight"]["term"] == "L2(0.0)"
     assert rw.penalties(model)["0.weight"] == 0

@@ -13,8 +13,9 @@ from regwrap.errors import RegwrapWarning, UnmatchedRule
 from regwrap.planning.checks import check, l2sp, start_of
 from regwrap.planning.claims import Claim, Claims, load
 from regwrap.planning.deeds import carry_out
+from regwrap.planning.dropouts import warn_of_outputs
 from regwrap.planning.entries import draw_policy
-from regwrap.planning.reach import reach, unmatched
+from regwrap.planning.reach import Reach, reach, unmatched
 from regwrap.planning.rules import parse_rules
 from regwrap.planning.survey import Key, Survey
 from regwrap.record import Mark, Policy, Rule
@@ -40,16 +41,17 @@ def draft(model: nn.Module, rules: object, *, strict: bool = True) -> Draft:
     survey = Survey(model)
     old, claims = load(survey)
     start = 1 + max((rule.order for rule in old), default=-1)
-    added = []
+    reaches: dict[Rule, Reach] = {}
     for i, (where, term) in enumerate(pairs):
         rule = Rule(start + i, recorded(where), term)
-        reached = reach(survey, parse_where(where))
+        reached = reaches[rule] = reach(survey, parse_where(where))
         if not carry_out(survey, claims, rule, reached):
             _raise_or_warn(unmatched(survey, i, where, term, reached), strict)
-        added.append(rule)
+    added = list(reaches)
     check(survey, claims)
     for key, claim in l2sp(claims, added):
         start_of(survey, claim, key)
+    warn_of_outputs(survey, claims, reaches)
     every = old + added
     return Draft(survey, claims, every, added, draw_policy(survey, claims, every))
 

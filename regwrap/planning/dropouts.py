@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -40,7 +40,6 @@ def claim_calls(survey: Survey, claims: Claims, rule: Rule, reach: Reach) -> int
         _take(survey, claims, rule, module, _place(survey, rule, module))
     for module in rates:
         _take(survey, claims, rule, module, Place(module, "direct", _rate_note(module)))
-    _warn_of_output(survey, rule, reach, layers)
     return len(layers) + len(rates)
 
 
@@ -155,16 +154,22 @@ def _rate_note(module: nn.Module) -> str:
 
 
 def _refuse_kind(rule: Rule, term: Dropout) -> None:
-    """Refuses a class that would put parameters or buffers into the checkpoint."""
+    """Refuses a class that is not built from a rate, or has what the checkpoint would show."""
     if issubclass(term.kind, _DropoutNd):
         return
-    with torch.random.fork_rng(devices=[]):
-        state = term.kind(term.p).state_dict()
+    told = f"Rule ({shown(rule.where)!r}: {rule.term!r}) has a kind"
+    try:
+        with torch.random.fork_rng(devices=[]):
+            state = term.kind(term.p).state_dict()
+    except Exception as error:  # whatever the user's class raises
+        raise PolicyError(
+            f"{told} that cannot be built from a rate alone ({type(error).__name__}); name a class "
+            "whose one argument is the rate."
+        ) from error
     if state:
         raise PolicyError(
-            f"Rule ({shown(rule.where)!r}: {rule.term!r}) has a kind with a state of its own "
-            f"({', '.join(state)}), which the checkpoint would show; name a class without "
-            "parameters and buffers."
+            f"{told} with a state of its own ({', '.join(state)}), which the checkpoint would "
+            "show; name a class without parameters and buffers."
         )
 
 
@@ -337,18 +342,26 @@ def _path(survey: Survey, module: nn.Module) -> str:
 # --- the model's output -------------------------------------------------------------------------
 
 
-def _warn_of_output(survey: Survey, rule: Rule, reach: Reach, layers: list[nn.Module]) -> None:
-    """Says so when a rule reaches the layer whose output is the model's without naming it."""
-    assert isinstance(rule.term, Dropout)
-    if rule.term.at == "input" or rule.term.p == 0:
+def warn_of_outputs(survey: Survey, claims: Claims, reaches: Mapping[Rule, Reach]) -> None:
+    """Says so where a Dropout came behind the model's output by a rule that did not name it."""
+    for rule, reach in reaches.items():
+        named = {id(module) for module in _itself(reach)}
+        for layer in _dropped_by(claims, rule):
+            if id(layer) not in named and survey.is_output(layer):
+                warnings.warn(
+                    f"Rule ({shown(rule.where)!r}: {rule.term!r}) puts a Dropout behind "
+                    f"{_path(survey, layer)!r}, whose output is the model's: predictions are "
+                    "dropped; write at='input' for it, or clear it with None.",
+                    RegwrapWarning,
+                    stacklevel=4,
+                )
+
+
+def _dropped_by(claims: Claims, rule: Rule) -> Iterator[nn.Module]:
+    """The modules behind which the rule put a Dropout that no later rule took away."""
+    if not isinstance(rule.term, Dropout) or rule.term.at == "input":
         return
-    named = {id(module) for module in _itself(reach)}
-    for layer in layers:
-        if id(layer) not in named and survey.is_output(layer):
-            warnings.warn(
-                f"Rule ({shown(rule.where)!r}: {rule.term!r}) puts a Dropout behind "
-                f"{_path(survey, layer)!r}, whose output is the model's: predictions are dropped; "
-                "write at='input' for it, or clear it with None.",
-                RegwrapWarning,
-                stacklevel=6,
-            )
+    for key, families in claims.held.items():
+        claim = families.get(_FAMILY) if key[0] == CALL else None
+        if claim is not None and claim.rule == rule and claim.mechanism in ("fx", "hook"):
+            yield claim.owners[0][0]

@@ -23,13 +23,18 @@ def apply(root: nn.Module, draft: Draft) -> None:
     """Writes the plan on the model; a failure half-way leaves the model as it was."""
     modules = [node.module for node in draft.survey.firsts()]
     before = [(m, record.lift(m)) for m in modules]
+    rewrites = [(m, fx.rewritten(m)) for m in modules]
     spliced = identity.is_spliced(root, RegularizedMixin)
     try:
         _write(root, draft)
     except BaseException:
+        for module, rewrite in rewrites:
+            if fx.rewritten(module) != rewrite:
+                _rewrite(module, () if rewrite is None else rewrite.inserts)
         for module, lifted in before:
             record.write(module, lifted.get("own", {}).get(record.KEY, record.EMPTY))
             weight.sync(module)
+            rates.sync(module)
             record.strip(module)
             if lifted:
                 record.lay(module, lifted)
@@ -72,7 +77,18 @@ def _sync_owners(survey: Survey) -> None:
         wanted = tuple(inserts.get(id(node.module), ()))
         present = fx.rewritten(node.module)
         if wanted != (() if present is None else present.inserts):
-            fx.rewrite(node.module, wanted)
+            _rewrite(node.module, wanted)
+
+
+def _rewrite(owner: nn.Module, inserts: tuple[fx.Insert, ...]) -> None:
+    """Rewrites beneath the class that gives a root its `reg_loss`, as a first call would."""
+    spliced = identity.is_spliced(owner, RegularizedMixin)
+    identity.unsplice(owner, RegularizedMixin)
+    try:
+        fx.rewrite(owner, inserts)
+    finally:
+        if spliced:
+            identity.splice(owner, RegularizedMixin)
 
 
 def expose(root: nn.Module) -> bool:
