@@ -67,9 +67,8 @@ def printed(model: nn.Module, console: Console | None = None, **how: Any) -> str
 
 
 def row(text: str, start: str) -> str:
-    """The one line of the table that starts with this."""
-    table = text.split("\n\n")[0]  # below it stand notes, which begin with names too
-    (line,) = (line for line in table.splitlines() if line.startswith(start))
+    """The first line that starts with this: of the table, else of what stands below it."""
+    line = next(line for line in text.splitlines() if line.startswith(start))
     return re.sub(" {2,}", " | ", line.strip())
 
 
