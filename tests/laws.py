@@ -33,9 +33,10 @@ OWN_RULES: dict[str, dict[Any, Any]] = {
     "stateful_dropout": {"": PENALTIES, "fc1": Dropout(RATE)},
 }
 
+# The last one is told by whichever test ran before.
 TOLD = (
     r".*(reaches nothing|reaches no Linear layer|has a reg_loss of its own"
-    r"|whose output is the model's|after something had been compiled)"  # by whichever test ran before
+    r"|whose output is the model's|after something had been compiled)"
 )
 
 every_case = pytest.mark.parametrize("case", ZOO, ids=str)
