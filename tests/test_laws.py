@@ -30,7 +30,7 @@ from torch import nn
 from zoo import BY_NAME, ZOO, Case
 
 import regwrap as rw
-from regwrap import L1, L2, Dropout
+from regwrap import L1, L2, Dropout, sites
 
 # ---- 1: eval is untouched --------------------------------------------------------------------
 
@@ -59,7 +59,10 @@ def test_eval_without_gradients_is_bit_identical(case: Case) -> None:
 def rate_zero_in_place(model: nn.Module) -> None:
     """The hooks stay and drop nothing."""
     for layer in hooked(model):
-        layer.__dict__["_regwrap_p"] = 0.0
+        if "regwrap" in layer._forward_hooks:
+            layer.__dict__["_regwrap_p"] = 0.0
+        for name in sites.inserted(layer):
+            layer._modules[name].p = 0.0
 
 
 def rate_zero_by_rule(model: nn.Module) -> None:
