@@ -100,7 +100,7 @@ def draw_gains(scores: dict[str, np.ndarray], title: str, out: Path) -> None:
     panel.axvline(0, color="gray", lw=1)
     panel.set_yticks(range(len(names)), list(reversed(names)), family="monospace")
     panel.set(ylim=(-0.5, len(names) - 0.5), xlabel="gain in test accuracy (points)")
-    panel.set_title(title, fontsize=10)
+    figure.suptitle(title, fontsize=10)  # over the whole figure: it is wider than the panel
     panel.grid(axis="x", alpha=0.25)
     figure.savefig(out, dpi=150)
 
