@@ -170,7 +170,7 @@ def main() -> None:
         runs += [(torchao, name) for name in MAKERS]
     results = [
         run(name, args.alpha, (x, y), args.steps)
-        for run, name in track(runs, "training", console=Console(stderr=True), transient=True)
+        for run, name in track(runs, "Training", console=console)
     ]
     console.print(table(results, wanted))
     draw(results, wanted, args.out)

@@ -77,6 +77,20 @@ def hooked(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if "regwrap" in m._forward_hooks or sites.inserted(m)]
 
 
+@contextlib.contextmanager
+def inserted_aside(model: nn.Module) -> Iterator[None]:
+    """Without the dropouts that a rewrite put in: the one thing that may be seen, last in place."""
+    held = [(m, n, m._modules[n]) for m in list(model.modules()) for n in sites.inserted(m)]
+    for owner, name, _ in held:
+        assert list(owner._modules)[-len(list(sites.inserted(owner))) :], name
+        del owner._modules[name]
+    try:
+        yield
+    finally:
+        for owner, name, dropout in held:
+            owner._modules[name] = dropout
+
+
 def fingerprint_of(model: nn.Module, **how: Any) -> dict[str, Any]:
     """`support.fingerprint` with the random state besides, which nothing of ours may move."""
     return {**support.fingerprint(model, **how), "random": support.bits(torch.get_rng_state())}

@@ -243,7 +243,7 @@ def test_max_norm_is_a_value() -> None:
         == MaxNorm(2.0, 1)
         == pickle.loads(pickle.dumps(MaxNorm(2, 1)))
     )
-    with pytest.raises(rw.PolicyError, match="and no dim 2; give a dim"):
+    with pytest.raises(rw.PolicyError, match=r"has shape .* and no dim 2; give a dim"):
         rw.regularize(net(), MaxNorm(1, dim=2))
 
 

@@ -91,7 +91,8 @@ class Attachment:
         ]
         _mark(found)
         # Where nobody keeps the attachment, an optimizer that is gone carries nothing.
-        self._release = weakref.finalize(optimizer, _unmark, found)
+        marked = [(weakref.ref(module), keys) for module, keys in _keys(found)]
+        self._release = weakref.finalize(optimizer, _unmark, marked)
         self._release.atexit = False
 
     def __repr__(self) -> str:
@@ -235,10 +236,11 @@ def _mark(found: Iterable[Claim]) -> None:
         record.write(module, dataclasses.replace(held, carried=carried))
 
 
-def _unmark(found: Iterable[Claim]) -> None:
-    for module, keys in _keys(found):
-        held = record.read(module)
-        if held:
+def _unmark(marked: list[tuple[weakref.ref[nn.Module], frozenset[Key]]]) -> None:
+    for ref, keys in marked:
+        module = ref()
+        held = record.EMPTY if module is None else record.read(module)
+        if module is not None and held:
             carried = Carried(held.carried.keys - keys)
             record.write(module, dataclasses.replace(held, carried=carried))
 
