@@ -103,8 +103,8 @@ def shrink_groups(z: Tensor, strength: float, metric: Metric, moment: Tensor | N
 
 
 _NEWTON = 5
-"""Steps of the one scalar per group. Over 80,000 random groups of 6 and 64 elements whose d spans up
-to 6 decades the largest relative error is 8e-4 after 3, 2e-7 after 4, 8e-11 after 5."""
+"""Steps of the one scalar per group. Over 80,000 random groups of 6 and 64 elements whose d spans
+up to 6 decades the largest relative error is 8e-4 after 3, 2e-7 after 4, 8e-11 after 5."""
 
 
 def _radius(z: Tensor, tau: Tensor, tiny: float) -> Tensor:
