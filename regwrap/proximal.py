@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 _SPAN = {"cpu": 1 << 19}
-"""Elements handled at once. On a CPU the one temporary of 2 MB stays in the cache: 1.1 of the time
-of one pass over everything at 128K, where dispatching shows, and at 1M, where memory does."""
+"""Elements handled at once: on a CPU the one temporary of 2 MB stays in the cache. Adam's threshold
+on 10M elements took 14 ms so, 15 ms in spans of 1 << 17, 18 in spans of 1 << 16."""
 _SPAN_ELSEWHERE = 1 << 24
 _SMALL = 1 << 16
-"""Tensors up to here are packed: 1,000 of 1,000 elements take 7 ms packed, 15 ms one by one."""
+"""Tensors up to here are packed: 1,000 of 1,000 elements take 7 ms, by `torch._foreach_*` 15 ms."""
 
 _UNSEEN = 2.0**83
 """Stands for an infinite d where Adam's second moment is 0: a power of two, so that multiplying and
@@ -102,9 +102,9 @@ def shrink_groups(z: Tensor, strength: float, metric: Metric, moment: Tensor | N
     return torch.where(zero, 0, z * (r / (r + tau)))
 
 
-_NEWTON = 6
-"""Steps of the one scalar per group. In 1e4 random groups whose d spans 6 decades the largest
-relative error is below 1e-5 after 6, and one step is exact where all d are equal."""
+_NEWTON = 5
+"""Steps of the one scalar per group. Over 80,000 random groups of 6 and 64 elements whose d spans
+up to 6 decades the largest relative error is 8e-4 after 3, 2e-7 after 4, 8e-11 after 5."""
 
 
 def _radius(z: Tensor, tau: Tensor, tiny: float) -> Tensor:
