@@ -598,7 +598,8 @@ class _View:
     def module(self, path: str) -> nn.Module:
         found: Any = self.owner
         for name in path.split(".") if path else ():
-            found = found._modules[name]
+            # in the object's __dict__ alone: a back-reference to its parent
+            found = found._modules[name] if name in found._modules else vars(found)[name]
         return cast(nn.Module, found)
 
     def look(self, path: str, name: str) -> object:

@@ -77,10 +77,19 @@ def hooked(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if "regwrap" in m._forward_hooks or sites.inserted(m)]
 
 
+def taken(model: nn.Module) -> list[nn.Module]:
+    """The model's own dropouts whose rate a rule has taken over."""
+    return [m for m in model.modules() if "_regwrap_rate" in vars(m)]
+
+
 @contextlib.contextmanager
 def inserted_aside(model: nn.Module) -> Iterator[None]:
     """Without the dropouts that a rewrite put in: the one thing that may be seen, last in place."""
     held = [(m, n, m._modules[n]) for m in list(model.modules()) for n in sites.inserted(m)]
+    rates = [(m, *vars(m)["_regwrap_rate"]) for m in taken(model)]
+    ours = [vars(m)[name] for m, name, _ in rates]
+    for module, name, old in rates:
+        vars(module)[name] = old
     for owner, name, _ in held:
         assert list(owner._modules)[-len(list(sites.inserted(owner))) :], name
         del owner._modules[name]
@@ -89,6 +98,8 @@ def inserted_aside(model: nn.Module) -> Iterator[None]:
     finally:
         for owner, name, dropout in held:
             owner._modules[name] = dropout
+        for (module, name, _), rate in zip(rates, ours, strict=True):
+            vars(module)[name] = rate
 
 
 def fingerprint_of(model: nn.Module, **how: Any) -> dict[str, Any]:
