@@ -10,7 +10,7 @@ import pytest
 import support
 import torch
 import torch.distributed as dist
-from laws import RULES, hooked, regularized, told
+from laws import RULES, put_on, regularized, told
 from support import differences, fingerprint, run, same_outputs
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -82,7 +82,7 @@ def test_a_graph_module_keeps_its_policy_through_copies_and_recompilation() -> N
     case = BY_NAME["graph_module_root"]
     model = case.build()
     before = fingerprint(model)
-    rw.regularize(model, RULES)
+    put_on(model, RULES)
     value = model.reg_loss
     model.recompile()
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -151,7 +151,7 @@ def test_a_sharded_root_is_regularized_trains_and_is_undone(mesh: Any, sharded_f
 def test_dropout_acts_beneath_a_sharded_root(mesh: Any) -> None:
     torch.manual_seed(0)
     model = fully_shard(Mlp(), mesh=mesh)
-    rw.regularize(model, Dropout(0.9))
+    rw.regularize(model, {nn.Linear: Dropout(0.9)})
     x = torch.randn(3, 6)
     assert torch.equal(model.eval()(x), model.eval()(x))
     assert not torch.equal(model.train()(x), model.train()(x))
@@ -163,12 +163,12 @@ def test_dropout_acts_beneath_a_sharded_root(mesh: Any) -> None:
 
 
 def test_our_hook_has_a_key_that_no_counter_gives_out() -> None:
-    model = regularized(BY_NAME["mlp"])
-    assert [list(layer._forward_hooks) for layer in hooked(model)] == [["regwrap"], ["regwrap"]]
-    handle = model.fc1.register_forward_hook(lambda m, args, out: None)
-    assert next(iter(model.fc1._forward_hooks)) == "regwrap"
+    layer = regularized(BY_NAME["root_linear"])
+    assert list(layer._forward_hooks) == ["regwrap"]
+    handle = layer.register_forward_hook(lambda m, args, out: None)
+    assert next(iter(layer._forward_hooks)) == "regwrap"
     handle.remove()
-    assert list(model.fc1._forward_hooks) == ["regwrap"]
+    assert list(layer._forward_hooks) == ["regwrap"]
 
 
 def test_hooks_of_the_user_run_before_and_after_ours() -> None:
@@ -220,12 +220,12 @@ def test_what_is_compiled_elsewhere_is_reset_with_a_warning_once(
 ) -> None:
     monkeypatch.setattr(rw.surgery, "_warned", False)
     torch.compiler.reset()
-    case = BY_NAME["mlp"]
+    case = BY_NAME["root_sequential"]  # by a hook: a rewrite is a change of class, which is seen
     other = torch.compile(case.build(), backend="eager")
     run(other, case)
     model = case.build()
     with pytest.warns(RegwrapWarning, match=r"torch\.compiler\.reset\(\) was called"):
-        rw.regularize(model, Dropout(0.9))
+        rw.regularize(model, {nn.Linear: Dropout(0.9)})
     compiled = torch.compile(model, backend="eager")
     assert not torch.equal(run(compiled, case, seed=1), run(compiled, case, seed=2))
     run(other, case)

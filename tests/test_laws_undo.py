@@ -171,7 +171,6 @@ FAILURES: dict[str, tuple[Any, type[Exception]]] = {
     "no pair": ([GOOD, ("",)], TypeError),
     "no where": ([GOOD, (3, L2(1.0))], TypeError),
     "no term": ([GOOD, ("", 1e-4)], TypeError),
-    "not built": ([GOOD, ("", Dropout(0.5, at="input"))], PolicyError),
     "a bad reference": ([GOOD, ("", L2SP(1.0, {}, on="all"))], PolicyError),
     "the user's predicate": ([GOOD, (raises, L2(1.0))], ZeroDivisionError),
 }

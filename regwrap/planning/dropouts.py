@@ -227,9 +227,25 @@ def _refuse_owner_above(survey: Survey, rule: Rule, layer: nn.Module) -> None:
         )
 
 
+def _by_fx(survey: Survey, verdict: graph.Verdict) -> bool:
+    owners = [survey.model.get_submodule(site.owner) for site in verdict.sites]
+    return verdict.by_fx and not any(map(_copies_itself, (survey.model, *owners)))
+
+
+_COPYING = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__")
+
+
+def _copies_itself(module: nn.Module) -> bool:
+    """Whether the author's class copies or pickles in its own way, which may lose new children."""
+    authored = (
+        c for c in type(module).__mro__ if not c.__module__.startswith(("regwrap", "torch"))
+    )
+    return any(name in vars(c) for c in authored for name in _COPYING if c is not object)
+
+
 def _by_fx_or_hook(survey: Survey, layer: nn.Module, term: Dropout) -> Place:
     verdict = survey.verdict(layer)
-    by_fx = verdict is not None and verdict.by_fx
+    by_fx = verdict is not None and _by_fx(survey, verdict)
     notes = [] if by_fx else [f"not by fx: {_why_not_fx(verdict)}"]
     if term.at != "input" and verdict is not None and _stacks(survey, verdict, term):
         notes.append("stacked on a Dropout that follows")
@@ -239,6 +255,8 @@ def _by_fx_or_hook(survey: Survey, layer: nn.Module, term: Dropout) -> Place:
 def _why_not_fx(verdict: graph.Verdict | None) -> str:
     if verdict is None:
         return "the layer is the model itself"
+    if verdict.by_fx:
+        return "the model's class copies or pickles itself in its own way"
     return verdict.reason or "no code of the model calls it"
 
 
@@ -253,7 +271,7 @@ def _behind_activation(survey: Survey, rule: Rule, layer: nn.Module) -> Place:
         return Place(layer, None, "rate 0: installs nothing")
     replaced = _replaced(survey, layer, rule.term)
     assert verdict is not None
-    if replaced is not None or verdict.by_fx:
+    if replaced is not None or _by_fx(survey, verdict):
         return replaced or _by_fx_or_hook(survey, layer, rule.term)
     why = f"not by fx: {verdict.reason}"
     module = _activation_module(survey, layer)
