@@ -151,8 +151,9 @@ class Live:
     @property
     def is_plain(self) -> bool:
         """Whether it is an L1 or L2 of a tensor that the fast path takes."""
-        plain = isinstance(self.term, L1 | L2) and not self.factors
-        return plain and self.tensor is not None and applies(self.tensor)
+        # strength 0: its value is to have a gradient, of zeros, as any other's
+        plain = isinstance(self.term, L1 | L2) and self.term.strength and not self.factors
+        return bool(plain) and self.tensor is not None and applies(self.tensor)
 
     def _unscheduled(self) -> Tensor:
         if self.tensor is None:

@@ -10,7 +10,7 @@ import pytest
 import support
 import torch
 import torch.distributed as dist
-from laws import RULES, put_on, regularized, told
+from laws import RULES, hooked, put_on, regularized, told
 from support import differences, fingerprint, run, same_outputs
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh

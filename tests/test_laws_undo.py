@@ -101,7 +101,8 @@ def test_undo_on_a_copy_is_exact_and_leaves_the_original(case: Case, how: str) -
     other = COPIES[how](model)
     assert differences(before, support.fingerprint(model)) == []
     assert rw.policy(other) == rw.policy(model)
-    assert digest(rw.reg_loss(other)) == digest(rw.reg_loss(model))
+    # close, not equal: of a tensor subclass a copy may be plain, and sums in another order
+    torch.testing.assert_close(rw.reg_loss(other), rw.reg_loss(model), equal_nan=True)
     rw.unregularize(other)
     assert differences(plain, support.fingerprint(other, identity=False)) == []
     assert differences(before, support.fingerprint(model)) == []
@@ -208,7 +209,7 @@ def test_a_warning_made_an_error_leaves_no_trace(case: Case) -> None:
 
 @pytest.mark.parametrize("again", [False, True], ids=["plain", "regularized"])
 @pytest.mark.parametrize("name", ["mlp", "graph_module_root", "weight_norm_root", "lazy_child"])
-@pytest.mark.parametrize("where", ["record.write", "output.install", "identity.splice"])
+@pytest.mark.parametrize("where", ["record.write", "output.sync", "identity.splice"])
 def test_a_failure_half_way_leaves_no_trace(
     name: str, where: str, again: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -234,7 +235,7 @@ def test_a_failure_half_way_leaves_no_trace(
     if function == "splice" and identity.is_spliced(model, rw.penalty.RegularizedMixin):
         return  # spliced already: what has been put there stays
     with pytest.raises(MemoryError):
-        rw.regularize(model, {"": [L2(1e-3), Dropout(0.5)]})
+        rw.regularize(model, {"": L2(1e-3), nn.Linear: Dropout(0.5)})
     assert calls
     assert differences(before, fingerprint_of(model)) == []
 
@@ -243,12 +244,12 @@ def test_a_failure_after_the_surgery_leaves_no_trace(monkeypatch: pytest.MonkeyP
     """The last thing that a call does is to warn of what was compiled already."""
     monkeypatch.setattr(rw.surgery, "_warned", False)
     torch.compiler.reset()
-    case = BY_NAME["mlp"]
+    case = BY_NAME["root_sequential"]
     run(torch.compile(case.build(), backend="eager"), case)
     model = case.build()
     before = fingerprint_of(model)
     with pytest.raises(RegwrapWarning, match="after something had been compiled"):
-        rw.regularize(model, Dropout(0.5))
+        rw.regularize(model, {nn.Linear: Dropout(0.5)})
     assert differences(before, fingerprint_of(model)) == []
 
 

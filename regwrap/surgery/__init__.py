@@ -32,7 +32,8 @@ def apply(root: nn.Module, draft: Draft) -> None:
             if fx.rewritten(module) != rewrite:
                 _rewrite(module, () if rewrite is None else rewrite.inserts)
         for module, lifted in before:
-            record.write(module, lifted.get("own", {}).get(record.KEY, record.EMPTY))
+            record.strip(module)
+            module.__dict__.update(lifted.get("own", {}))
             weight.sync(module)
             rates.sync(module)
             record.strip(module)
