@@ -275,7 +275,7 @@ def test_reading_keeps_no_memory_and_leaves_the_record_alone(model: Any) -> None
     kept = [weakref.ref(value) for value in (model.reg_loss, *rw.penalties(model).values())]
     gc.collect()
     assert not any(ref() is not None for ref in kept)
-    assert sum(issubclass(type(o), Tensor) for o in gc.get_objects()) == before
+    assert sum(issubclass(type(o), Tensor) for o in gc.get_objects()) <= before
     assert len(pickle.dumps(model)) == len(record)
 
 
