@@ -328,7 +328,7 @@ def test_what_the_laws_leave_out_is_refused_by_name(name: str, why: str) -> None
 
 def test_a_layer_that_returns_no_tensor_is_refused_at_its_first_call_in_training() -> None:
     case = BY_NAME["linear_returns_tuple"]
-    model = rw.regularize(case.build(), RULES)
+    model = put_on(case.build(), RULES)
     assert same_outputs(run(model, case, train=False), run(case.build(), case, train=False))
     with pytest.raises(rw.PolicyError, match="TupleLinear returned tuple, no tensor"):
         run(model, case, train=True)

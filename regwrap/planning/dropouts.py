@@ -227,7 +227,10 @@ def _refuse_owner_above(survey: Survey, rule: Rule, layer: nn.Module) -> None:
         )
 
 
-def _by_fx(survey: Survey, verdict: graph.Verdict) -> bool:
+def _by_fx(survey: Survey, layer: nn.Module, verdict: graph.Verdict) -> bool:
+    # A forward of the author's own may return a tuple, which the hook refuses by name.
+    if not type(layer).forward.__module__.startswith(("torch.", "transformers.")):
+        return False
     owners = [survey.model.get_submodule(site.owner) for site in verdict.sites]
     return verdict.by_fx and not any(map(_copies_itself, (survey.model, *owners)))
 
@@ -245,7 +248,7 @@ def _copies_itself(module: nn.Module) -> bool:
 
 def _by_fx_or_hook(survey: Survey, layer: nn.Module, term: Dropout) -> Place:
     verdict = survey.verdict(layer)
-    by_fx = verdict is not None and _by_fx(survey, verdict)
+    by_fx = verdict is not None and _by_fx(survey, layer, verdict)
     notes = [] if by_fx else [f"not by fx: {_why_not_fx(verdict)}"]
     if term.at != "input" and verdict is not None and _stacks(survey, verdict, term):
         notes.append("stacked on a Dropout that follows")
@@ -256,7 +259,7 @@ def _why_not_fx(verdict: graph.Verdict | None) -> str:
     if verdict is None:
         return "the layer is the model itself"
     if verdict.by_fx:
-        return "the model's class copies or pickles itself in its own way"
+        return "the layer has a forward of its own, or a class copies itself in its own way"
     return verdict.reason or "no code of the model calls it"
 
 
@@ -271,7 +274,7 @@ def _behind_activation(survey: Survey, rule: Rule, layer: nn.Module) -> Place:
         return Place(layer, None, "rate 0: installs nothing")
     replaced = _replaced(survey, layer, rule.term)
     assert verdict is not None
-    if replaced is not None or _by_fx(survey, verdict):
+    if replaced is not None or _by_fx(survey, layer, verdict):
         return replaced or _by_fx_or_hook(survey, layer, rule.term)
     why = f"not by fx: {verdict.reason}"
     module = _activation_module(survey, layer)
