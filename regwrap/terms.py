@@ -17,20 +17,15 @@ from torch import Tensor, nn
 
 from regwrap import proximal
 from regwrap.errors import PolicyError, brief
+from regwrap.fastpath import accumulator
 from regwrap.proximal import Metric
-
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The real dtype in which a sum over `dtype` is right: float32, or wider."""
-    # not dtype.to_real(), which torch.compile does not know
-    return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
 
 
 def _real(w: Tensor) -> Tensor:
     """`w` as a real tensor, float32 or wider: cast before anything is squared (fp16 overflows)."""
     if w.is_complex():
         w = torch.view_as_real(w)
-    return w.to(_accumulator(w.dtype))
+    return w.to(accumulator(w.dtype))
 
 
 def _sum_of_squares(w: Tensor) -> Tensor:
@@ -277,7 +272,7 @@ class L1(Timed):
 
     def value(self, w: Tensor, reference: Tensor | None = None) -> Tensor:
         """Strength * sum(abs(w)), accumulated in float32 or wider."""
-        return self.strength * w.abs().sum(dtype=_accumulator(w.dtype))
+        return self.strength * w.abs().sum(dtype=accumulator(w.dtype))
 
     def factored(self, u: Tensor, v: Tensor) -> Tensor:
         """Strength / 2 * (sum(u^2) + sum(v^2)), whose minimum over u * v = w is the L1 of w."""
@@ -590,7 +585,7 @@ class Penalty(Timed):
                 f"{self!r}: its function must return a single real number as a tensor, not "
                 f"{_told(result)}."
             )
-        return self.strength * result.reshape(()).to(_accumulator(result.dtype))
+        return self.strength * result.reshape(()).to(accumulator(result.dtype))
 
 
 def _told(result: object) -> str:
