@@ -82,6 +82,8 @@ class Call:
     """In words, what takes the output: `the product mul`, `self.act`, `what forward returns`."""
     returned: bool
     """Whether the output is what the owner's forward returns, or an item of it."""
+    one_input: bool
+    """Whether it is called with one input, whose place in the code is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +124,7 @@ class Refused(Exception):
 
 
 def _definition(function: types.FunctionType) -> ast.FunctionDef:
-    """The definition whose compilation is this very function.
+    """The definition whose compilation is this very function; not to be written to.
 
     A file edited since the import, an import hook, a decorator that rewrites its function: whatever
     makes the text differ from what runs shows in the bytecode.
@@ -135,9 +137,27 @@ def _definition(function: types.FunctionType) -> ast.FunctionDef:
     lines = linecache.getlines(code.co_filename, function.__globals__)
     if len(lines) < code.co_firstlineno:
         raise Refused("has no source that could be read")
+    return _proved(_Source(code, lines))
+
+
+class _Source:
+    """A code object and the file it is from; equal for the same object alone."""
+
+    def __init__(self, code: types.CodeType, lines: list[str]) -> None:
+        self.code, self.lines = code, lines
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Source) and other.code is self.code
+
+    def __hash__(self) -> int:
+        return id(self.code)
+
+
+@functools.lru_cache(maxsize=256)
+def _proved(source: _Source) -> ast.FunctionDef:
     try:
-        tree = _parse(lines, code)
-        found = _compiled(tree, code)
+        tree = _parse(source.lines, source.code)
+        found = _compiled(tree, source.code)
     except (SyntaxError, IndentationError, ValueError, IndexError, RecursionError):
         raise Refused("has no source that could be read") from None
     if found is None:
@@ -1913,7 +1933,26 @@ def _described(node: fx.Node, view: _View, method: str) -> Call:
         act = cast(fx.Node, _only_user(node))
         behind = _dropout_of(_only_user(act), act, view, after.name)
     returned = method == "forward" and any(u.op == "output" for u in node.users)
-    return Call(str(node.target), method, after, direct or behind, _follower(node, view), returned)
+    return Call(
+        child=str(node.target),
+        method=method,
+        activation=after,
+        dropout=direct or behind,
+        follower=_follower(node, view),
+        returned=returned,
+        one_input=input_of(view.owner, node) is not None,
+    )
+
+
+def input_of(owner: nn.Module, node: fx.Node) -> int | str | None:
+    """The place of a call's one input: 0, or its name; None if there are others."""
+    if len(node.args) + len(node.kwargs) != 1 or node.meta.get("stars"):
+        return None
+    if node.args:
+        return 0
+    forward = owner.get_submodule(str(node.target)).forward
+    word = next(iter(inspect.signature(forward).parameters), None)
+    return word if word in node.kwargs else None
 
 
 def _operands(user: fx.Node) -> list[Any]:

@@ -82,6 +82,18 @@ def taken(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if "_regwrap_rate" in vars(m)]
 
 
+def rate_zero_in_place(model: nn.Module) -> None:
+    """The hooks stay and drop nothing."""
+    for module in taken(model):
+        name, rate = vars(module)["_regwrap_rate"]
+        vars(module)[name] = rate
+    for layer in hooked(model):
+        if "regwrap" in layer._forward_hooks:
+            layer.__dict__["_regwrap_p"] = 0.0
+        for name in sites.inserted(layer):
+            layer._modules[name].p = 0.0
+
+
 @contextlib.contextmanager
 def inserted_aside(model: nn.Module) -> Iterator[None]:
     """Without the dropouts that a rewrite put in: the one thing that may be seen, last in place."""

@@ -69,7 +69,7 @@ def bits(tensor: Tensor) -> Bits:
         return *head, "meta"
     dense = tensor.detach().to_dense() if tensor.is_sparse else tensor.detach()
     plain = dense.as_subclass(Tensor).resolve_conj().resolve_neg().contiguous()
-    return *head, bytes(plain.reshape(-1).view(torch.uint8).tolist())
+    return *head, plain.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def digest(output: Any) -> list[tuple[str, Any]]:

@@ -516,6 +516,26 @@ def test_before_the_layer_is_what_one_writes_by_hand() -> None:
     undone(model, Plain)
 
 
+class ByKeyword(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(input=torch.tanh(self.a(x)))
+
+
+class BySeveral(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        both = (self.a(x),)
+        return self.b(*both)
+
+
+@pytest.mark.parametrize(("build", "mechanism"), [(ByKeyword, "fx"), (BySeveral, "hook")])
+def test_before_a_layer_however_its_input_is_handed_over(build: Build, mechanism: str) -> None:
+    model, twin = put(build(), {"b": Dropout(0.5, at="input")}), build()
+    assert how(model) == {"b": mechanism}
+    forward = twin.b.forward
+    twin.b.forward = lambda input: forward(F.dropout(input, 0.5))  # type: ignore[method-assign]
+    assert trained(model) == trained(twin)
+
+
 def test_a_dropout_before_a_layer_is_not_stacked_on_what_follows_it() -> None:
     for build in (Behind, sequential):
         model = put(build(), {nn.Linear: Dropout(0.1, at="input")})
@@ -947,11 +967,6 @@ def test_a_dropout_in_a_second_call_is_written_beneath_the_class_of_the_root() -
     assert policy(pickle.loads(pickle.dumps(model))) == policy(model)
     assert policy(copy.deepcopy(model)) == policy(model)
     undone(model, Plain)
-
-
-class ByKeyword(Base):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.b(input=torch.tanh(self.a(x)))
 
 
 def test_a_call_that_fails_half_way_leaves_the_model_as_it_was(

@@ -70,8 +70,8 @@ RULES = (
 )
 RIGHT = "must have a term such as L2(1e-4), a list of terms or None on its right, not "
 IDLE = (
-    "reaches only Linear layers that are never called in Net: a function uses their weights, so "
-    "that a Dropout after them would never act; name another layer."
+    "reaches only Linear layers that are never called in Net (at most a function uses their "
+    "weights), so that a Dropout after them would never act; name another layer."
 )
 COVERS = "covers; write on='all', or the parameter's own name."
 

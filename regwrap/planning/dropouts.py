@@ -177,8 +177,8 @@ def _refuse_idle(survey: Survey, rule: Rule, layers: list[nn.Module]) -> None:
     if layers and all(_is_idle(survey, module) for module in layers):
         raise PolicyError(
             f"Rule ({shown(rule.where)!r}: {rule.term!r}) reaches only Linear layers that are "
-            f"never called in {class_name(survey.model)}: a function uses their weights, so that "
-            "a Dropout after them would never act; name another layer."
+            f"never called in {class_name(survey.model)} (at most a function uses their weights), "
+            "so that a Dropout after them would never act; name another layer."
         )
 
 
@@ -207,7 +207,8 @@ def _place(survey: Survey, rule: Rule, layer: nn.Module) -> Place:
     assert isinstance(term, Dropout)
     _refuse_owner_above(survey, rule, layer)
     if _is_idle(survey, layer):
-        return Place(layer, None, "never called: a function uses its weight")
+        uses = "a function uses its weight" if id(layer) in survey.idle else "no code calls it"
+        return Place(layer, None, f"never called: {uses}")
     if term.at == "activation":
         return _behind_activation(survey, rule, layer)
     if term.p == 0:
@@ -227,12 +228,25 @@ def _refuse_owner_above(survey: Survey, rule: Rule, layer: nn.Module) -> None:
         )
 
 
-def _by_fx(survey: Survey, layer: nn.Module, verdict: graph.Verdict) -> bool:
+def _against_fx(survey: Survey, layer: nn.Module, term: Dropout) -> str:
+    """Why the owners' code is not written anew, in words; `""` if it is."""
+    verdict = survey.verdict(layer)
+    if verdict is None:
+        return "the layer is the model itself"
+    if not verdict.by_fx:
+        return verdict.reason or "no code of the model calls it"
     # A forward of the author's own may return a tuple, which the hook refuses by name.
     if not type(layer).forward.__module__.startswith(("torch.", "transformers.")):
-        return False
-    owners = [survey.model.get_submodule(site.owner) for site in verdict.sites]
-    return verdict.by_fx and not any(map(_copies_itself, (survey.model, *owners)))
+        return f"the forward of {class_name(layer)} is its author's own"
+    if term.at == "input" and not all(c.one_input for site in verdict.sites for c in site.calls):
+        return "its input is not written alone where it is called"
+    owners = (survey.model, *(survey.model.get_submodule(site.owner) for site in verdict.sites))
+    copying = next(filter(_copies_itself, owners), None)
+    return (
+        f"{class_name(copying)} copies or pickles itself in its own way"
+        if copying is not None
+        else ""
+    )
 
 
 _COPYING = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__")
@@ -247,20 +261,11 @@ def _copies_itself(module: nn.Module) -> bool:
 
 
 def _by_fx_or_hook(survey: Survey, layer: nn.Module, term: Dropout) -> Place:
-    verdict = survey.verdict(layer)
-    by_fx = verdict is not None and _by_fx(survey, layer, verdict)
-    notes = [] if by_fx else [f"not by fx: {_why_not_fx(verdict)}"]
+    verdict, why = survey.verdict(layer), _against_fx(survey, layer, term)
+    notes = [f"not by fx: {why}"] if why else []
     if term.at != "input" and verdict is not None and _stacks(survey, verdict, term):
         notes.append("stacked on a Dropout that follows")
-    return Place(layer, "fx" if by_fx else "hook", "; ".join(notes))
-
-
-def _why_not_fx(verdict: graph.Verdict | None) -> str:
-    if verdict is None:
-        return "the layer is the model itself"
-    if verdict.by_fx:
-        return "the layer has a forward of its own, or a class copies itself in its own way"
-    return verdict.reason or "no code of the model calls it"
+    return Place(layer, "hook" if why else "fx", "; ".join(notes))
 
 
 def _behind_activation(survey: Survey, rule: Rule, layer: nn.Module) -> Place:
@@ -273,10 +278,10 @@ def _behind_activation(survey: Survey, rule: Rule, layer: nn.Module) -> Place:
     if rule.term.p == 0:
         return Place(layer, None, "rate 0: installs nothing")
     replaced = _replaced(survey, layer, rule.term)
-    assert verdict is not None
-    if replaced is not None or _by_fx(survey, layer, verdict):
+    against = _against_fx(survey, layer, rule.term)
+    if replaced is not None or not against:
         return replaced or _by_fx_or_hook(survey, layer, rule.term)
-    why = f"not by fx: {verdict.reason}"
+    why = f"not by fx: {against}"
     module = _activation_module(survey, layer)
     if module is not None:
         return _place_for(survey, layer, module, "hook", f"behind its activation; {why}")

@@ -298,10 +298,14 @@ def _behind_activation(graph: fx.Graph, owner: nn.Module, node: fx.Node, name: s
 
 
 def _before(graph: fx.Graph, owner: nn.Module, node: fx.Node, name: str) -> None:
-    if len(node.args) != 1 or node.kwargs or node.meta["stars"]:
+    place = graphs.input_of(owner, node)
+    if place is None:
         raise PolicyError(f"{node.target} is not called with one input: use at='output'")
     with graph.inserting_before(node):
-        node.update_arg(0, _dropout(graph, name, node.args[0]))
+        if isinstance(place, int):
+            node.update_arg(place, _dropout(graph, name, node.args[place]))
+        else:
+            node.update_kwarg(place, _dropout(graph, name, node.kwargs[place]))
 
 
 def _dropout(graph: fx.Graph, name: str, value: Any) -> fx.Node:
