@@ -8,6 +8,7 @@ import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,9 +17,11 @@ from torch.utils import _pytree as pytree
 
 from regwrap import penalty, planning, record, sites, surgery, table
 from regwrap.planning.dropouts import rate_of
-from regwrap.terms import L1, L2, DropConnect, Dropout
+from regwrap.terms import L1, L2, Dropout
 
 _SEED = 20
+_RATE = 0.5  # a small one may drop nothing of a small input
+_TRIED = 32  # dropouts a model: each takes two copies and two forwards
 
 
 @dataclass(frozen=True)
@@ -142,33 +145,62 @@ def _equal(a: Tensor | None, b: Tensor | None) -> bool:
     return a is b or (a is not None and b is not None and torch.equal(a, b))
 
 
-def _silenced(model: nn.Module) -> nn.Module:
-    """The model with every dropout at rate 0, its own and ours."""
-    for module in _alone(model).modules():
-        held = vars(module)
+@dataclass(frozen=True)
+class _Dial:
+    """One dropout of a model, its own or ours: where its rate is set, and what runs it."""
+
+    path: str
+    runs: nn.Module
+    is_ruled: bool
+    turn: Callable[[float], None]
+
+
+def _dials(model: nn.Module) -> Iterator[_Dial]:
+    ours = {id(m._modules[name]) for m in model.modules() for name in sites.inserted(m)}
+    for path, module in model.named_modules():
+        if id(module) in ours:
+            continue
         name = rate_of(module)
         if name is not None:
-            held[name] = 0.0
-        if "_regwrap_p" in held:
-            held["_regwrap_p"] = 0.0
-        if "_regwrap_kind" in held:
-            held["_regwrap_kind"] = type(held["_regwrap_kind"])(0.0)
-        for name in sites.inserted(module):
-            child = module._modules[name]
-            assert child is not None
-            module._modules[name] = type(child)(0.0).train(child.training)
+            yield _Dial(path, module, _is_ruled(module), partial(_set_rate, module, name))
+        if "_regwrap_p" in vars(module):
+            yield _Dial(path, module, True, partial(_set_hook, module))
         if hasattr(type(module), "regwrap_mask"):
-            held["p"] = 0.0
-    return model
+            yield _Dial(path, module, True, partial(_set_rate, module, "p"))
+        for name in sites.inserted(module):
+            where = f"{path}.{name}" if path else name
+            yield _Dial(where, module, True, partial(_set_child, module, name))
 
 
-def _alone(model: nn.Module) -> nn.Module:
-    """The model with its own dropouts at rate 0, and only those of the policy in force."""
-    ours = {id(m._modules[name]) for m in model.modules() for name in sites.inserted(m)}
-    for module in model.modules():
-        name = None if id(module) in ours or _is_ruled(module) else rate_of(module)
-        if name is not None:
-            vars(module)[name] = 0.0
+def _set_rate(module: nn.Module, name: str, rate: float) -> None:
+    vars(module)[name] = rate
+    if "factor" in vars(module):  # of a schedule
+        vars(module)["factor"] = record.Factor(1.0)
+
+
+def _set_hook(layer: nn.Module, rate: float) -> None:
+    held = vars(layer)
+    held["_regwrap_p"] = rate
+    if "_regwrap_kind" in held:
+        held["_regwrap_kind"] = type(held["_regwrap_kind"])(rate)
+    if "_regwrap_factor" in held:
+        held["_regwrap_factor"] = record.Factor(1.0)
+
+
+def _set_child(owner: nn.Module, name: str, rate: float) -> None:
+    child = owner._modules[name]
+    assert child is not None
+    attribute = rate_of(child)
+    if attribute is not None:
+        _set_rate(child, attribute, rate)
+    else:  # a kind that keeps its rate in its own way
+        owner._modules[name] = type(child)(rate).train(child.training)
+
+
+def _silenced(model: nn.Module) -> nn.Module:
+    """The model with every dropout at rate 0, its own and ours."""
+    for dial in list(_dials(model)):
+        dial.turn(0.0)
     return model
 
 
@@ -186,20 +218,32 @@ def _gradients(model: nn.Module, outputs: list[Tensor]) -> dict[str, Tensor | No
 
 
 def _drops(case: _Case) -> tuple[bool, str]:
-    acting = [
-        entry
-        for entry in planning.in_force(case.model)
-        if isinstance(entry.term, Dropout | DropConnect) and entry.mechanism and entry.term.p > 0
-        if not entry.note.startswith("without effect")
-    ]
-    if not acting:
+    still = {e.path for e in planning.in_force(case.model) if e.note.startswith("without effect")}
+    silent = _silenced(case.ours().train())
+    ruled = [i for i, d in enumerate(_dials(case.model)) if d.is_ruled and d.path not in still]
+    if not ruled:
         return True, "the policy has no dropout in force"
+    tried = ruled[:: -(-len(ruled) // _TRIED)]
+    found = [_acts(case, silent, index) for index in tried]
+    told = f"{len(tried)} of {len(ruled)} dropouts, each alone at rate {_RATE}"
+    for what, paths in (
+        ("without effect", [path for path, ran, acts in found if ran and not acts]),
+        ("not run by this input", [path for path, ran, acts in found if not ran]),
+    ):
+        told += f"; {what}: {', '.join(paths[:3])}" if paths else ""
+    return all(acts or not ran for _, ran, acts in found), told
+
+
+def _acts(case: _Case, silent: nn.Module, index: int) -> tuple[str, bool, bool]:
+    """A dropout's path, whether it was reached, and whether it alone changes what comes out."""
+    models = [copy.deepcopy(silent), copy.deepcopy(silent)]
+    dial = list(_dials(models[0]))[index]
+    dial.turn(_RATE)
+    ran: list[bool] = []
+    dial.runs.register_forward_pre_hook(lambda *_: ran.append(True))
     with torch.no_grad():
-        # the model's own dropouts draw from the same stream, and would differ in any case
-        dropped = case.run(_alone(case.ours().train()))
-        silent = case.run(_silenced(case.ours().train()))
-    told = f"{len(acting)} dropouts in force, outputs in training with them and without"
-    return not _same(dropped, silent), told
+        dropped, plain = (case.run(model) for model in models)
+    return dial.path, bool(ran), not _same(dropped, plain)
 
 
 def _state_untouched(case: _Case) -> tuple[bool, str]:

@@ -130,7 +130,7 @@ def test_what_was_compared_is_told() -> None:
     details = {c.name: c.detail for c in verify(regularize(Net(), RULES), data()).checks}
     assert "1 tensors" in details["eval is untouched"]
     assert "8 gradients" in details["training at rate 0 is untouched"]
-    assert details["dropout acts"].startswith("2 dropouts in force")
+    assert details["dropout acts"] == "2 of 2 dropouts, each alone at rate 0.5"
     assert details["the checkpoint is untouched"].startswith("11 keys")
     assert "in float64 over 6 terms" in details["reg_loss is the formula"]
 
@@ -265,6 +265,40 @@ def test_a_hook_that_went_is_found_though_the_model_drops_by_itself() -> None:
     model = regularize(Net(), {"tail.0": Dropout(0.5)})
     model.tail[0]._forward_hooks.clear()
     assert failed(verify(model, data())) == ["dropout acts"]
+
+
+def test_one_of_several_that_went_is_found() -> None:
+    model = regularize(Net(), {"a": Dropout(1e-9), "tail.0": Dropout(1e-9)})
+    assert verify(model, data()).ok
+    model.tail[0]._forward_hooks.clear()
+    (check,) = [c for c in verify(model, data()).checks if not c.ok]
+    assert check.detail.endswith("rate 0.5; without effect: tail.0")
+
+
+def test_a_dropout_that_the_input_does_not_reach_is_no_failure() -> None:
+    model = regularize(Gated(), {"a": Dropout(0.5), "b": Dropout(0.5)})
+    report = verify(model, data())
+    assert report.ok
+    assert "; not run by this input: b" in report.checks[2].detail
+
+
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 4), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor, second: bool = False) -> Tensor:
+        return self.b(x) if second else self.a(x)
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.5])
+def test_scheduled_rates(factor: float) -> None:
+    rules = {**RULES, "b": DropConnect(0.3), nn.Dropout: Dropout(0.2)}
+    model = regularize(Net(), rules)
+    scheduler = rw.StrengthScheduler(model, lambda step: factor)
+    report = verify(model, data())
+    assert failed(report) == [], [c.detail for c in report.checks if not c.ok]
+    assert scheduler.factor() == factor
 
 
 def test_a_rewrite_that_went_is_found() -> None:
