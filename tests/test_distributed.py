@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import regwrap as rw
-from regwrap import L1, L2, L2SP, DropConnect, GroupLasso, Orthogonal, Penalty
+from regwrap import L1, L2, L2SP, DropConnect, Dropout, GroupLasso, Orthogonal, Penalty
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo"
@@ -212,6 +212,61 @@ def ddp_compiled(rank: int, world: int) -> None:
 
 
 # ---- FSDP2 -----------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """Its body is rewritten; the Linear in a stock Sequential gets a hook."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Sequential(nn.Linear(16, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.up(x).tanh())
+
+
+DROPPED = {"": L2(0.2), "0": Dropout(0.5), "1": Dropout(0.3, at="input")}
+MECHANISMS = {"0.up": "fx", "0.down.0": "hook", "1.up": "fx", "1.down.0": "hook"}
+
+
+def blocks() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(Block(), Block(), nn.Linear(8, 3))
+
+
+def dropping(model: nn.Module, inner: nn.Module, mechanisms: Any = MECHANISMS) -> None:
+    """Every rank has the whole batch and the seed: the average is the single process."""
+    rows = [row for row in rw.policy(inner).rows() if row["site"] == "call"]
+    assert {row["path"]: row["mechanism"] for row in rows} == mechanisms
+    other = rw.regularize(blocks(), DROPPED)
+    for each in (model, other):
+        torch.manual_seed(3)
+        train(each, batch(), 2)
+    assert_as_single(inner, other)
+
+
+@check(2)
+def dropouts_under_ddp(rank: int, world: int) -> None:
+    inner = rw.regularize(blocks(), DROPPED)
+    dropping(nn.parallel.DistributedDataParallel(inner), inner)
+    wrapped = nn.parallel.DistributedDataParallel(blocks())
+    rw.regularize(wrapped, DROPPED)
+    dropping(wrapped, wrapped.module)
+
+
+@check(2)
+def dropouts_under_fsdp2(rank: int, world: int) -> None:
+    dropping(*[shard_blocks(rw.regularize(blocks(), DROPPED), world)] * 2)
+    model = rw.regularize(shard_blocks(blocks(), world), DROPPED)
+    dropping(model, model, dict.fromkeys(MECHANISMS, "hook"))  # the owners have classes of FSDP's
+
+
+def shard_blocks(model: nn.Module, world: int) -> nn.Module:
+    from torch.distributed.fsdp import fully_shard
+
+    for part in (model[0], model[1], model):
+        fully_shard(part, mesh=mesh(world))
+    return model
 
 
 @check(2, 4)
