@@ -1,0 +1,169 @@
+"""What a class has: its methods, and the words that they use."""
+
+from __future__ import annotations
+
+import types
+import weakref
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from regwrap.graph.names import (
+    LIMIT,
+    MADE,
+    functions_behind,
+    globals_said,
+    is_from,
+    is_trusted,
+    spoken_by,
+)
+from regwrap.graph.source import word_set
+
+
+def _own_classes(cls: type) -> list[type]:
+    """The class and its bases that add something to `nn.Module`."""
+    bases = (k for k in cls.__mro__ if k not in nn.Module.__mro__ and not is_made_here(k))
+    return [k for k in bases if not is_from(k, _FRAMES)]
+
+
+_FRAMES = (
+    "transformers.modeling_utils",
+    "transformers.generation",
+    "transformers.integrations",
+    "transformers.utils",
+)
+"""Where transformers' base classes live: what they say of layers is never a call of one."""
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def _own_attributes(cls: type) -> list[tuple[str, object]]:
+    # Of torch's containers only what runs by itself: their indexing is known.
+    return [(n, v) for n, v in vars(cls).items() if cls not in _CONTAINERS or n == "forward"]
+
+
+def is_made_here(cls: type) -> bool:
+    """Whether the class was made by this package, on top of an author's."""
+    return MADE in vars(cls) or cls.__module__.split(".")[0] == "regwrap"
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A function of a class; `plain`: it is an ordinary method.
+
+    Its key is its name, or, for one that a subclass has overridden, `name@module.Class`.
+    """
+
+    name: str
+    key: str
+    functions: tuple[types.FunctionType, ...]
+    plain: bool
+    visible: bool
+
+    @property
+    def said(self) -> frozenset[str]:
+        """The words that its code uses."""
+        return frozenset().union(*(spoken_by(f.__code__) for f in self.functions))
+
+
+def members_of(cls: type) -> list[Member]:
+    """The methods and properties of a class, each with every definition that may run."""
+    found: list[Member] = []
+    taken: set[str] = set()
+    for klass in _own_classes(cls):
+        for name, value in _own_attributes(klass):
+            if functions := functions_behind(value):
+                plain = isinstance(value, types.FunctionType)
+                key = key_of(name, klass) if name in taken else name
+                found.append(Member(name, key, tuple(functions), plain, name not in taken))
+            taken.add(name)
+    return found
+
+
+def key_of(name: str, klass: type) -> str:
+    """What one definition of a method is called, whichever class reads it."""
+    return f"{name}@{klass.__module__}.{klass.__qualname__}"
+
+
+@dataclass(frozen=True, slots=True)
+class _ClassWords:
+    """For each name that a class defines, what its code says; no reference to the class."""
+
+    members: Mapping[str, frozenset[str]]
+    by_key: Mapping[str, frozenset[str]]
+    stamp: tuple[weakref.ref[types.CodeType], ...]
+    """The code of its functions and of the global functions that they name, as it is now."""
+
+    def live(self, roots: Iterable[str]) -> frozenset[str]:
+        """The members that these reach, by name."""
+        todo = [r for r in roots if r in self.members]
+        seen = set(todo)
+        while todo:
+            new = (self.members[todo.pop()] & self.members.keys()) - seen
+            seen |= new
+            todo += new
+        return frozenset(seen)
+
+    def said(self, roots: Iterable[str]) -> frozenset[str]:
+        return frozenset().union(*(self.members[m] for m in roots))
+
+
+_WORDS: weakref.WeakKeyDictionary[type, _ClassWords] = weakref.WeakKeyDictionary()
+NOT_RUN = word_set(
+    "__init__ __new__ __init_subclass__ __repr__ __str__ __deepcopy__ __copy__ __reduce__ "
+    "__reduce_ex__ __getstate__ __setstate__ __del__ __post_init__ __set_name__"
+)
+
+
+def roots_of(members: Iterable[str]) -> list[str]:
+    """The members that run without being named: forward and the special methods."""
+    return [m for m in members if m == "forward" or (_is_special(m) and m not in NOT_RUN)]
+
+
+def _is_special(name: str) -> bool:
+    return name.startswith("__") and name.endswith("__")
+
+
+def words_of(cls: type) -> _ClassWords:
+    """The words of a class as `read_words` found them last."""
+    return _WORDS[cls]
+
+
+def read_words(classes: Iterable[type]) -> None:
+    """Reads classes anew: somebody may have replaced a method, or a function that it calls."""
+    for cls in classes:
+        members: dict[str, frozenset[str]] = {}
+        by_key: dict[str, frozenset[str]] = {}
+        stamp: dict[types.FunctionType, None] = {}
+        for member in members_of(cls):
+            functions = with_global_functions(member.functions)
+            words = frozenset[str]().union(*(spoken_by(f.__code__) for f in functions))
+            members[member.name] = members.get(member.name, frozenset()) | words
+            by_key[member.key] = words
+            stamp |= functions
+        codes = tuple(weakref.ref(f.__code__) for f in stamp)
+        _WORDS[cls] = _ClassWords(members, by_key, codes)
+
+
+def with_global_functions(
+    functions: Iterable[types.FunctionType],
+) -> dict[types.FunctionType, None]:
+    """Functions and those that they name, and so on, of the model's author.
+
+    Of classes that they name, what is written in a module's class: `Base.forward(self, x)`.
+    """
+    todo = list(functions)
+    seen: dict[types.FunctionType, None] = dict.fromkeys(todo)
+    while todo and len(seen) < LIMIT:
+        function = todo.pop()
+        for value in globals_said(function, spoken_by(function.__code__)):
+            found = [value]
+            if isinstance(value, type) and issubclass(value, nn.Module):
+                found = [v for n, v in vars(value).items() if n not in NOT_RUN]
+            for item in found:
+                if isinstance(item, types.FunctionType) and item not in seen:
+                    if is_trusted(item):
+                        continue
+                    seen[item] = None
+                    todo.append(item)
+    return seen
