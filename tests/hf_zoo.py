@@ -448,34 +448,16 @@ _vision(
 )
 _vision("yolos", "Yolos", "ForObjectDetection", image_size=[32, 32], num_detection_tokens=4)
 _vision("ijepa", "IJepa")
-_enter(
-    "swin",
-    "SwinForImageClassification",
-    "SwinConfig",
-    {
-        "image_size": 32,
-        "patch_size": 4,
-        "embed_dim": 16,
-        "depths": [1, 1],
-        "num_heads": [2, 2],
-        "window_size": 4,
-    },
-    image(),
-)
-_enter(
-    "swinv2",
-    "Swinv2ForImageClassification",
-    "Swinv2Config",
-    {
-        "image_size": 32,
-        "patch_size": 4,
-        "embed_dim": 16,
-        "depths": [1, 1],
-        "num_heads": [2, 2],
-        "window_size": 4,
-    },
-    image(),
-)
+_SWIN = {
+    "image_size": 32,
+    "patch_size": 4,
+    "embed_dim": 16,
+    "depths": [1, 1],
+    "num_heads": [2, 2],
+    "window_size": 4,
+}
+_enter("swin", "SwinForImageClassification", "SwinConfig", _SWIN, image())
+_enter("swinv2", "Swinv2ForImageClassification", "Swinv2Config", _SWIN, image())
 _enter(
     "convnext",
     "ConvNextForImageClassification",
