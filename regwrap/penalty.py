@@ -146,10 +146,14 @@ class Live(NamedTuple):
     counts: bool = True
     """False for a frozen parameter, and for a module that was not called."""
     scheduled: Factor | None = None
+    share: float = 1.0
+    """Of a sharded weight that counts when called: on how many of its ranks it was."""
 
     def value(self) -> Tensor:
         """The penalty; where the weight is distributed, so may it be."""
         value = self._unscheduled()
+        if self.share != 1:
+            value = value * self.share
         return value if self.scheduled is None else value * self.scheduled.tensor.to(value)
 
     @property
@@ -183,7 +187,7 @@ def _unnamed(root: nn.Module, modules: list[nn.Module]) -> Iterator[Live]:
     return (live for live in _live(("", m) for m in found) if live.counts)
 
 
-def _live(modules: Iterable[tuple[str, nn.Module]], *, attached: bool = False) -> Iterator[Live]:
+def _live(modules: Iterable[tuple[str, nn.Module]], *, attached: bool = False) -> list[Live]:
     """Every weight term in force, once for a tensor that has several names."""
     seen: dict[tuple[object, ...], int] = {}
     found: list[tuple[Live, int]] = []
@@ -209,7 +213,32 @@ def _live(modules: Iterable[tuple[str, nn.Module]], *, attached: bool = False) -
             elif (mark.rule.order, live.counts) >= (found[before][1], found[before][0].counts):
                 # tied since: the later rule holds; of one rule, what was called
                 found[before] = (live, mark.rule.order)
-    return (live for live, _ in found)
+    return _agreed([live for live, _ in found])
+
+
+def _agreed(lives: list[Live]) -> list[Live]:
+    """What counts when called, alike on all ranks that hold a piece: each needs all the others.
+
+    A weight counts by the share of ranks on which its module ran, which is what DDP's average of
+    the gradients makes of it where each rank holds the whole.
+    """
+    meshes: dict[Any, list[int]] = {}
+    for i, live in enumerate(lives):
+        if getattr(live.term, "when", "always") == "called" and hasattr(live.tensor, "placements"):
+            meshes.setdefault(live.tensor.device_mesh, []).append(i)  # type: ignore[union-attr]
+    for mesh, mine in meshes.items():
+        for i, share in zip(mine, _shares(mesh, [lives[i].counts for i in mine]), strict=True):
+            lives[i] = lives[i]._replace(counts=share > 0, share=share)
+    return lives
+
+
+def _shares(mesh: Any, counts: list[bool]) -> list[float]:
+    """The share of the mesh's ranks on which each is True, by one collective."""
+    from torch.distributed.tensor import DTensor, Partial
+
+    own = torch.tensor(counts, dtype=torch.float32, device=mesh.device_type)
+    spread = DTensor.from_local(own, mesh, [Partial()] * mesh.ndim)
+    return (spread.full_tensor() / mesh.size()).tolist()  # type: ignore[no-any-return]
 
 
 def _look(path: str, module: nn.Module, mark: Mark, held: Record) -> Live | None:
