@@ -251,16 +251,16 @@ def _look(path: str, module: nn.Module, mark: Mark, held: Record) -> Live | None
     if term.on == "output" and site == "output":
         some = seen is not None and seen.total(term.family) is not None
         return Live(f"{path}:output", term, None, source, seen=seen, counts=some, scheduled=moved)
-    own = tensor = sites.plain(module, site)
-    stored = sites.stored(module, site) if own is None else [own]
-    if any(map(sites.is_lazy, stored)):
-        return None
-    counts = not (stored and all(map(_is_frozen, stored)))
-    if own is not None:
-        source = id(own)
+    tensor = sites.plain(module, site)
+    if tensor is not None:
+        source, counts = id(tensor), not _is_frozen(tensor)
     else:
+        stored = sites.stored(module, site)
+        if any(map(sites.is_lazy, stored)):
+            return None
+        counts = not (stored and all(map(_is_frozen, stored)))
         tensor = sites.read(module, site) if counts else stored[0]
-    if tensor is None:
+    if tensor is None or sites.is_lazy(tensor):
         return None
     called = getattr(term, "when", "always") == "always" or (seen is not None and seen.called)
     factored = mark.mechanism == "parametrization" and sites.is_factored(module, site)
