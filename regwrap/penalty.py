@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from regwrap.fastpath import Strength, applies, penalty_sum
 from regwrap.record import Factor, Mark, Record, Reference
 from regwrap.seen import SEEN, Read, Seen
 from regwrap.terms import L1, L2, WeightTerm
+
+_FAST = (L1, L2)
+"""The terms that the fast path knows."""
 
 
 def reg_loss(model: nn.Module) -> Tensor:
@@ -30,8 +33,8 @@ def reg_loss(model: nn.Module) -> Tensor:
         A differentiable 0-dim tensor on the parameters' device, float32 or wider; zero where
         nothing acts.
     """
-    root = settled(model)
-    total = _total(_values(_unnamed(root)))
+    root = _inside(model)
+    total = _total(_values(_unnamed(root, settle(root))))
     return _zero(root) if total is None else total
 
 
@@ -47,7 +50,7 @@ def penalties(model: nn.Module, *, attached: bool = False) -> dict[str, Tensor]:
     root = settled(model)
     first = _first_names(root)
     found: dict[str, Tensor] = {}
-    for live in _live(root, root.named_modules(), attached=attached):
+    for live in _live(root.named_modules(), attached=attached):
         path = live.path if live.tensor is None else first.get(id(live.tensor), live.path)
         value = _whole(live.value()) if live.counts else _zero(root)
         found[path] = _add(found.get(path), value)
@@ -108,7 +111,7 @@ def _whole(value: Tensor) -> Tensor:
 def weights(root: nn.Module) -> dict[str, Tensor]:
     """Every weight that a penalty acts on, in the loss or in a step, keyed as in `penalties`."""
     first = _first_names(root)
-    every = _live(root, root.named_modules(), attached=True)
+    every = _live(root.named_modules(), attached=True)
     return {
         first.get(id(live.tensor), live.path): live.tensor
         for live in every
@@ -127,32 +130,37 @@ def _zero(root: nn.Module) -> Tensor:
     return torch.zeros((), dtype=torch.float64 if wide else torch.float32, device=device)
 
 
-@dataclass(frozen=True, eq=False)
-class Live:
+class Live(NamedTuple):
     """A term with what it reads now."""
 
     path: str
     term: WeightTerm
     tensor: Tensor | None
     """The parameter or the effective weight; None for an output."""
-    factors: list[Tensor] = field(default_factory=list)
+    source: object
+    """Equal for the same parameter under several names, or the same site of a module."""
+    factors: Sequence[Tensor] = ()
     """U and V of a weight that hadamard has made a product."""
     reference: Reference | None = None
     seen: Seen | None = None
     counts: bool = True
     """False for a frozen parameter, and for a module that was not called."""
     scheduled: Factor | None = None
+    share: float = 1.0
+    """Of a sharded weight that counts when called: on how many of its ranks it was."""
 
     def value(self) -> Tensor:
         """The penalty; where the weight is distributed, so may it be."""
         value = self._unscheduled()
+        if self.share != 1:
+            value = value * self.share
         return value if self.scheduled is None else value * self.scheduled.tensor.to(value)
 
     @property
     def is_plain(self) -> bool:
         """Whether it is an L1 or L2 of a tensor that the fast path takes."""
         # strength 0: its value is to have a gradient, of zeros, as any other's
-        plain = isinstance(self.term, L1 | L2) and self.term.strength and not self.factors
+        plain = isinstance(self.term, _FAST) and self.term.strength and not self.factors
         return bool(plain) and self.tensor is not None and applies(self.tensor)
 
     def _unscheduled(self) -> Tensor:
@@ -170,18 +178,16 @@ class Live:
 
 def live_terms(root: nn.Module) -> list[Live]:
     """Every term in force that counts now, with what it reads."""
-    return [live for live in _live(root, root.named_modules()) if live.counts]
+    return [live for live in _live(root.named_modules()) if live.counts]
 
 
-def _unnamed(root: nn.Module) -> Iterator[Live]:
-    found = [module for module in root.modules() if record.read(module).marks]
+def _unnamed(root: nn.Module, modules: list[nn.Module]) -> Iterator[Live]:
+    found = [module for module in modules if record.read(module).marks]
     _notice_lost(root, found)
-    return (live for live in _live(root, (("", m) for m in found)) if live.counts)
+    return (live for live in _live(("", m) for m in found) if live.counts)
 
 
-def _live(
-    root: nn.Module, modules: Iterable[tuple[str, nn.Module]], *, attached: bool = False
-) -> Iterator[Live]:
+def _live(modules: Iterable[tuple[str, nn.Module]], *, attached: bool = False) -> list[Live]:
     """Every weight term in force, once for a tensor that has several names."""
     seen: dict[tuple[object, ...], int] = {}
     found: list[tuple[Live, int]] = []
@@ -199,7 +205,7 @@ def _live(
             live = _look(path, module, mark, held)
             if live is None:
                 continue
-            key = (*_identity(module, mark.site), mark.term.family)
+            key = (live.source, mark.term.family)
             before = seen.get(key)
             if before is None:
                 seen[key] = len(found)
@@ -207,36 +213,62 @@ def _live(
             elif (mark.rule.order, live.counts) >= (found[before][1], found[before][0].counts):
                 # tied since: the later rule holds; of one rule, what was called
                 found[before] = (live, mark.rule.order)
-    return (live for live, _ in found)
+    return _agreed([live for live, _ in found])
 
 
-def _identity(module: nn.Module, site: str) -> tuple[object, ...]:
-    own = sites.plain(module, site)
-    return (id(own),) if own is not None else (id(module), site)
+def _agreed(lives: list[Live]) -> list[Live]:
+    """What counts when called, alike on all ranks that hold a piece: each needs all the others.
+
+    A weight counts by the share of ranks on which its module ran, which is what DDP's average of
+    the gradients makes of it where each rank holds the whole.
+    """
+    meshes: dict[Any, list[int]] = {}
+    for i, live in enumerate(lives):
+        if getattr(live.term, "when", "always") == "called" and hasattr(live.tensor, "placements"):
+            meshes.setdefault(live.tensor.device_mesh, []).append(i)  # type: ignore[union-attr]
+    for mesh, mine in meshes.items():
+        for i, share in zip(mine, _shares(mesh, [lives[i].counts for i in mine]), strict=True):
+            lives[i] = lives[i]._replace(counts=share > 0, share=share)
+    return lives
+
+
+def _shares(mesh: Any, counts: list[bool]) -> list[float]:
+    """The share of the mesh's ranks on which each is True, by one collective."""
+    from torch.distributed.tensor import DTensor, Partial
+
+    own = torch.tensor(counts, dtype=torch.float32, device=mesh.device_type)
+    spread = DTensor.from_local(own, mesh, [Partial()] * mesh.ndim)
+    return (spread.full_tensor() / mesh.size()).tolist()  # type: ignore[no-any-return]
 
 
 def _look(path: str, module: nn.Module, mark: Mark, held: Record) -> Live | None:
-    assert isinstance(mark.term, WeightTerm)
-    full = f"{path}.{mark.site}" if path else mark.site
+    term, site = mark.term, mark.site
+    assert isinstance(term, WeightTerm)
+    full = f"{path}.{site}" if path else site
     seen = module.__dict__.get(SEEN)
     moved = held.factor(mark)
-    if mark.term.on == "output" and mark.site == "output":
-        full = f"{path}:output"
-        some = seen is not None and seen.total(mark.term.family) is not None
-        return Live(full, mark.term, None, seen=seen, counts=some, scheduled=moved)
-    stored = sites.stored(module, mark.site)
-    if any(sites.is_lazy(t) for t in stored):
+    source: object = (id(module), site)
+    if term.on == "output" and site == "output":
+        some = seen is not None and seen.total(term.family) is not None
+        return Live(f"{path}:output", term, None, source, seen=seen, counts=some, scheduled=moved)
+    tensor = sites.plain(module, site)
+    if tensor is not None:
+        source, counts = id(tensor), not _is_frozen(tensor)
+    else:
+        stored = sites.stored(module, site)
+        if any(map(sites.is_lazy, stored)):
+            return None
+        counts = not (stored and all(map(_is_frozen, stored)))
+        tensor = sites.read(module, site) if counts else stored[0]
+    if tensor is None or sites.is_lazy(tensor):
         return None
-    counts = not stored or not all(_is_frozen(t) for t in stored)
-    tensor = stored[0] if not counts else sites.read(module, mark.site)
-    if tensor is None:
-        return None
-    called = getattr(mark.term, "when", "always") == "always" or (seen is not None and seen.called)
-    factored = mark.mechanism == "parametrization" and sites.is_factored(module, mark.site)
-    factors = sites.factors(module, mark.site) if factored else []
-    counts = counts and called
-    reference = held.references.get(mark.site)
-    return Live(full, mark.term, tensor, factors, reference, counts=counts, scheduled=moved)
+    called = getattr(term, "when", "always") == "always" or (seen is not None and seen.called)
+    factored = mark.mechanism == "parametrization" and sites.is_factored(module, site)
+    factors = sites.factors(module, site) if factored else ()
+    reference = held.references.get(site)
+    return Live(
+        full, term, tensor, source, factors, reference, counts=counts and called, scheduled=moved
+    )
 
 
 def _is_frozen(tensor: Tensor) -> bool:
@@ -259,18 +291,26 @@ def _notice_lost(root: nn.Module, found: list[nn.Module]) -> None:
 
 def settled(model: nn.Module) -> nn.Module:
     """The module inside a wrapper, with the rules that waited for its layers carried out."""
-    root = sites.unwrap(model)
-    sites.refuse_fsdp1(root)
+    root = _inside(model)
     settle(root)
     return root
 
 
-def settle(root: nn.Module) -> None:
-    """Carries out rules that wait for layers made after `__init__`."""
-    for module in list(root.modules()):
+def _inside(model: nn.Module) -> nn.Module:
+    root = sites.unwrap(model)
+    sites.refuse_fsdp1(root)
+    return root
+
+
+def settle(root: nn.Module) -> list[nn.Module]:
+    """Carries out rules that wait for layers made after `__init__`; all modules."""
+    modules = list(root.modules())
+    waiting = [module for module in modules if record.read(module).pending is not None]
+    for module in waiting:
         pending = record.read(module).pending
-        if pending is not None:
+        if pending is not None:  # a module above may have carried it out
             pending.settle(module)
+    return list(root.modules()) if waiting else modules
 
 
 def warn_of_own_reg_loss(root: nn.Module) -> None:

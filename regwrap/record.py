@@ -164,11 +164,12 @@ class Record:
 
     def is_carried(self, mark: Mark) -> bool:
         """Whether an optimizer's step carries the term at its site."""
-        return (mark.site, mark.term.family) in self.carried.keys
+        keys = self.carried.keys
+        return bool(keys) and (mark.site, mark.term.family) in keys
 
     def factor(self, mark: Mark) -> Factor | None:
         """What a schedule multiplies the term by; None where none does."""
-        return self.factors.get((mark.site, mark.term.family))
+        return self.factors.get((mark.site, mark.term.family)) if self.factors else None
 
 
 EMPTY = Record()

@@ -17,21 +17,8 @@ from torch import Tensor, nn
 
 from regwrap import proximal
 from regwrap.errors import PolicyError, brief
-from regwrap.fastpath import accumulator
+from regwrap.fastpath import accumulator, plain_l1, plain_l2, real
 from regwrap.proximal import Metric
-
-
-def _real(w: Tensor) -> Tensor:
-    """`w` as a real tensor, float32 or wider: cast before anything is squared (fp16 overflows)."""
-    if w.is_complex():
-        w = torch.view_as_real(w)
-    return w.to(accumulator(w.dtype))
-
-
-def _sum_of_squares(w: Tensor) -> Tensor:
-    # Not a norm: on a CPU torch.linalg.vector_norm over a whole tensor adds up naively in float32
-    # (37 % off at 1e8 elements); sum() cascades.
-    return _real(w).square().sum()
 
 
 def _without_autocast(w: Tensor) -> AbstractContextManager[Any]:
@@ -272,11 +259,11 @@ class L1(Timed):
 
     def value(self, w: Tensor, reference: Tensor | None = None) -> Tensor:
         """Strength * sum(abs(w)), accumulated in float32 or wider."""
-        return self.strength * w.abs().sum(dtype=accumulator(w.dtype))
+        return self.strength * plain_l1(w)
 
     def factored(self, u: Tensor, v: Tensor) -> Tensor:
         """Strength / 2 * (sum(u^2) + sum(v^2)), whose minimum over u * v = w is the L1 of w."""
-        return self.strength / 2 * (_sum_of_squares(u) + _sum_of_squares(v))
+        return self.strength / 2 * (plain_l2(u) + plain_l2(v))
 
     def shrink_(self, ws: Sequence[Tensor], metric: Metric) -> None:
         """Every |w| less rate * strength / d, or exactly zero."""
@@ -306,7 +293,7 @@ class L2(Timed):
 
     def value(self, w: Tensor, reference: Tensor | None = None) -> Tensor:
         """Strength / 2 * sum(w^2), accumulated in float32 or wider."""
-        return self.strength / 2 * _sum_of_squares(w)
+        return self.strength / 2 * plain_l2(w)
 
     def pulled(
         self,
@@ -392,7 +379,7 @@ class GroupLasso(WeightTerm):
     def value(self, w: Tensor, reference: Tensor | None = None) -> Tensor:
         """Strength * sum over groups of sqrt(elements) * norm2."""
         groups = self.grouped(w)
-        squares = _real(groups).square().flatten(1).sum(1)
+        squares = real(groups).square().flatten(1).sum(1)
         # sqrt has no finite gradient at zero: a group of zeros takes the subgradient zero. Not
         # `squares > 0`: a group that has turned NaN must not count as one of zeros.
         norms = torch.where(squares == 0, 1, squares).sqrt() * (squares != 0)
@@ -406,8 +393,8 @@ class GroupLasso(WeightTerm):
         """Whole groups exactly zero, the others shortened; see `proximal.shrink_groups`."""
         for i, w in enumerate(ws):
             moment = metric.moment(i)
-            rows = None if moment is None else _real(self.grouped(moment))
-            shrunk = proximal.shrink_groups(_real(self.grouped(w)), self.strength, metric, rows)
+            rows = None if moment is None else real(self.grouped(moment))
+            shrunk = proximal.shrink_groups(real(self.grouped(w)), self.strength, metric, rows)
             _write_rows(w, self.dim, shrunk)
 
 
@@ -449,7 +436,7 @@ class Orthogonal(WeightTerm):
         rows = w.flatten(1).to(torch.promote_types(w.dtype, torch.float32))
         count = rows.shape[0]
         if count < 2:
-            return 0.0 * _real(w).sum()
+            return 0.0 * real(w).sum()
         squares = (rows * rows.conj()).real.sum(1, keepdim=True)
         rows = rows * squares.clamp_min(1e-12).rsqrt()  # Keras' own epsilon
         with _without_autocast(rows):  # which would multiply in halves
@@ -508,8 +495,8 @@ class L2SP(Timed):
             )
         # Cast before subtracting, the reference to what the weight is: halves would be rounded, and
         # a reference in float64 would widen the whole reg_loss.
-        w = _real(w)
-        return self.strength / 2 * (w - _real(reference).to(w.dtype)).square().sum()
+        w = real(w)
+        return self.strength / 2 * (w - real(reference).to(w.dtype)).square().sum()
 
     def pulled(
         self,
@@ -658,7 +645,7 @@ class MaxNorm(Term):
     def project_(self, ws: Sequence[Tensor]) -> None:
         """Scales units of norm2 above the limit back to it, in place; others keep their bits."""
         for w in ws:
-            _write_rows(w, self.dim, proximal.project(_real(_rows(w, self.dim)), self.limit))
+            _write_rows(w, self.dim, proximal.project(real(_rows(w, self.dim)), self.limit))
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -624,6 +624,7 @@ SELECTED = [
     (7, lambda y: {0: y, 7: -2 * y}),
     ("other", lambda y: Named(hidden=y, other=-2 * y)),
     (1, lambda y: Named(hidden=y, other=-2 * y)),
+    (1, lambda y: (y, (-2 * y, y))),  # an LSTM's states
 ]
 
 

@@ -333,6 +333,44 @@ def fsdp2_with_output_penalties(rank: int, world: int) -> None:
             torch.testing.assert_close(whole(p.grad), wanted, rtol=1e-5, atol=1e-5)
 
 
+class Experts(nn.Module):
+    """Each rank calls experts of its own, and one that all call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: Tensor, rank: int) -> Tensor:
+        return self.experts[rank % 2](x) + self.experts[2](x)
+
+
+@check(2, 4)
+def called_on_some_ranks_counts_by_their_share(rank: int, world: int) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    model = rw.regularize(Experts(), L2(0.5, when="called"))
+    squares = [expert.weight.square().sum().item() for expert in model.experts]
+    wanted = [0.25 * share * s for share, s in zip((0.5, 0.5, 1, 0), squares, strict=True)]
+    grads = [
+        0.5 * share * expert.weight.detach()
+        for share, expert in zip((0.5, 0.5, 1), model.experts, strict=False)
+    ]
+    alone = nn.parallel.DistributedDataParallel(copy.deepcopy(model), find_unused_parameters=True)
+    fully_shard(model, mesh=mesh(world))
+    (0 * model(batch(), rank).sum()).backward()
+    (0 * alone(batch(), rank).sum() + rw.reg_loss(alone)).backward()
+    model.reg_loss.backward()
+    assert collectives(lambda: model.reg_loss) == 2  # who ran, and the sum
+    assert model.reg_loss.item() == pytest.approx(sum(wanted), rel=1e-5)
+    found = rw.penalties(model)
+    for i, value in enumerate(wanted):
+        assert found[f"experts.{i}.weight"].item() == pytest.approx(value, rel=1e-5)
+    for expert, same, grad in zip(model.experts, alone.module.experts, grads, strict=False):
+        torch.testing.assert_close(whole(expert.weight.grad), grad)
+        torch.testing.assert_close(same.weight.grad, grad)
+
+
 @check(2)
 def fsdp2_with_a_reference(rank: int, world: int) -> None:
     start = built().state_dict()

@@ -22,7 +22,18 @@ from regwrap.fastpath import applies, penalty_sum, plain_l1, plain_l2
 
 sys.path.append(str(Path(__file__).parent / "benchmarks"))
 
-from penalty import CASES, STRENGTHS, by_hand, fast, footprint, gpt2, operations, resnet50
+from penalty import (
+    CASES,
+    STRENGTHS,
+    by_hand,
+    by_regwrap,
+    footprint,
+    gpt2,
+    holders,
+    operations,
+    resnet50,
+    weights,
+)
 
 torch.set_num_threads(1)
 
@@ -572,8 +583,8 @@ MODELS = {"ResNet-50": resnet50(), "GPT-2, 384 wide": gpt2(384), "equal": [(170,
 @pytest.mark.parametrize("shapes", MODELS.values(), ids=MODELS)
 @pytest.mark.parametrize("strengths", list(STRENGTHS.values())[:2], ids=list(STRENGTHS)[:2])
 def test_operations(shapes: list[tuple[int, ...]], strengths: tuple[float, float]) -> None:
-    ws = tensors(*shapes)
-    assert operations(lambda: fast(*strengths)(ws).backward()) <= 240  # by hand 1,037 and more
+    penalty = by_regwrap(holders(weights(shapes, kept=False)), *strengths)
+    assert operations(lambda: penalty().backward()) <= 240  # by hand 1,037 and more
 
 
 @pytest.mark.parametrize("shapes", CASES.values(), ids=CASES)
@@ -583,7 +594,8 @@ def test_peak_memory(
     shapes: list[tuple[int, ...]], strengths: tuple[float, float], kept: bool
 ) -> None:
     held = 4 * sum(map(math.prod, shapes)) * (1 + kept)  # the weights, and the gradients if kept
-    _, loop = footprint(shapes, by_hand(*strengths), kept=kept)
-    _, ours = footprint(shapes, fast(*strengths), kept=kept)
+    ws = weights(shapes, kept=kept)
+    _, loop = footprint(ws, by_hand(ws, *strengths), kept=kept)
+    _, ours = footprint(ws, by_regwrap(holders(ws), *strengths), kept=kept)
     # 1,000 of 16 are 64 kB in all, of which two buckets' gradients (L1's and L2's) are 16 kB
     assert ours + held <= 1.05 * (loop + held) + 2**14

@@ -464,7 +464,7 @@ def test_a_dropout_after_something_was_compiled(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("regwrap.surgery._warned", False)
     torch.compile(nn.Linear(2, 2), backend="eager")(torch.ones(1, 2))
     text = (
-        "A dropout was put on or taken from a model after something had been compiled: "
+        "A hook was put on or taken from a model after something had been compiled: "
         "torch.compiler.reset() was called, since torch.compile does not look at hooks; compiled "
         "models compile again at their next call."
     )

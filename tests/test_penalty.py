@@ -267,15 +267,18 @@ def test_reading_runs_no_power_iteration_and_draws_nothing(make: Any) -> None:
     assert torch.allclose(model.reg_loss, 0.05 * model[0].weight.square().sum())
 
 
+def live_tensors() -> list[Tensor]:
+    gc.collect()
+    return [o for o in gc.get_objects() if issubclass(type(o), Tensor)]
+
+
 def test_reading_keeps_no_memory_and_leaves_the_record_alone(model: Any) -> None:
     model.reg_loss.backward()
     record = pickle.dumps(model)
-    gc.collect()
-    before = sum(issubclass(type(o), Tensor) for o in gc.get_objects())
+    before = {id(tensor): weakref.ref(tensor) for tensor in live_tensors()}
     kept = [weakref.ref(value) for value in (model.reg_loss, *rw.penalties(model).values())]
-    gc.collect()
+    assert not [t for t in live_tensors() if id(t) not in before or before[id(t)]() is not t]
     assert not any(ref() is not None for ref in kept)
-    assert sum(issubclass(type(o), Tensor) for o in gc.get_objects()) <= before
     assert len(pickle.dumps(model)) == len(record)
 
 

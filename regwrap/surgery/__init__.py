@@ -255,7 +255,7 @@ def _forget_compiled() -> None:
     if not _warned:
         _warned = True
         warnings.warn(
-            "A dropout was put on or taken from a model after something had been compiled: "
+            "A hook was put on or taken from a model after something had been compiled: "
             "torch.compiler.reset() was called, since torch.compile does not look at hooks; "
             "compiled models compile again at their next call.",
             RegwrapWarning,

@@ -268,8 +268,8 @@ def _output_terms(module: nn.Module) -> Iterator[Timed]:
 
 
 def _selected(module: nn.Module, output: Any, select: str | int | None) -> Tensor:
-    """The tensor that is penalised: the first one, or what `select=` names."""
-    found = _first_tensor(output) if select is None else _at(output, select)
+    """The tensor that is penalised: the first one, of the whole or of what `select=` names."""
+    found = _first_tensor(output if select is None else _at(output, select))
     name = type(module).__name__
     if not isinstance(found, Tensor):
         raise PolicyError(

@@ -323,16 +323,9 @@ def _head(key: str, prefix: str) -> str:
     return key.removeprefix(prefix).partition(".")[0]
 
 
-def load_plain(
-    module: nn.Module,
-    state: dict[str, Any],
-    prefix: str,
-    local_metadata: dict[str, Any],
-    strict: bool,
-    missing: list[str],
-    *others: Any,
-) -> None:
+def load_plain(module: nn.Module, state: dict[str, Any], prefix: str, *told: Any) -> None:
     """A load_state_dict pre-hook: plain names back into the parametrizations' own."""
+    _, _, missing, *_ = told
     for name in _only_ours(module):
         inner = f"{prefix}parametrizations.{name}."
         if f"{prefix}{name}" in state:
@@ -345,16 +338,9 @@ def load_plain(
             _leave(sites.parametrization(module, name), state, inner, missing, f"{prefix}{name}")
 
 
-def load_list(
-    inside: nn.Module,
-    state: dict[str, Any],
-    prefix: str,
-    local_metadata: dict[str, Any],
-    strict: bool,
-    missing: list[str],
-    *others: Any,
-) -> None:
+def load_list(inside: nn.Module, state: dict[str, Any], prefix: str, *told: Any) -> None:
     """A load_state_dict pre-hook, the inverse of `save_list`."""
+    _, _, missing, *_ = told
     for number, plain in reversed(_numbers(inside).items()):
         for old in [k for k in state if k.startswith(f"{prefix}{plain}.")]:
             state[f"{prefix}{number}{old.removeprefix(prefix + plain)}"] = state.pop(old)

@@ -2,17 +2,25 @@
 
     python tests/benchmarks/penalty.py [--quick]
 
-The two take turns in one process, so that what else the machine does hits both. A figure is the
-median over all turns of the ratio regwrap / loop, in brackets the ratio of the two least times.
+All ways take turns in one process, so that what else the machine does hits them alike. A figure is
+the median over all turns of the ratio way / loop, in brackets the ratio of the two least times.
 "gradients kept" adds to gradients that exist already; otherwise they are None, as `zero_grad`
 leaves them. Memory is what PyTorch allocates beyond weights and gradients that were there before.
+
+Beside regwrap stand Keras 3's `model.losses` on the torch backend, over Dense kernels of the same
+shapes (a shape of 4 dimensions flattened to 2), if the interpreter has keras; and the decay of the
+fused AdamW: by how much `weight_decay` makes its step longer, in units of the L2 loop.
+
+The whole run takes about twenty minutes on two quiet cores, `--quick` about five.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -25,10 +33,10 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from regwrap.fastpath import penalty_sum
+import regwrap as rw
 
 Shape = tuple[int, ...]
-Penalty = Callable[[Sequence[Tensor]], Tensor]
+Penalty = Callable[[], Tensor]
 
 
 def resnet50() -> list[Shape]:
@@ -66,18 +74,33 @@ CASES: dict[str, list[Shape]] = {
 }
 
 
-def by_hand(l1: float, l2: float) -> Penalty:
+def by_hand(ws: Sequence[Tensor], l1: float, l2: float) -> Penalty:
     """The textbook loop."""
     if not l2:
-        return lambda ws: sum(l1 * w.abs().sum() for w in ws)  # type: ignore[return-value]
+        return lambda: sum(l1 * w.abs().sum() for w in ws)  # type: ignore[return-value]
     if not l1:
-        return lambda ws: sum(l2 / 2 * w.pow(2).sum() for w in ws)  # type: ignore[return-value]
-    return lambda ws: sum(l1 * w.abs().sum() + l2 / 2 * w.pow(2).sum() for w in ws)  # type: ignore[return-value]
+        return lambda: sum(l2 / 2 * w.pow(2).sum() for w in ws)  # type: ignore[return-value]
+    return lambda: sum(l1 * w.abs().sum() + l2 / 2 * w.pow(2).sum() for w in ws)  # type: ignore[return-value]
 
 
-def fast(l1: float, l2: float) -> Penalty:
-    """The same by the fast path."""
-    return lambda ws: penalty_sum(ws, [l1] * len(ws), [l2] * len(ws))
+def by_regwrap(model: nn.Module, l1: float, l2: float) -> Penalty:
+    """`reg_loss` of the whole model, with all that it looks up at each read."""
+    terms = [rw.L1(l1, on="all")] * bool(l1) + [rw.L2(l2, on="all")] * bool(l2)
+    rw.regularize(model, {"": terms})
+    return lambda: model.reg_loss  # type: ignore[return-value]
+
+
+class Holder(nn.Module):
+    """A module of one parameter."""
+
+    def __init__(self, w: Tensor) -> None:
+        super().__init__()
+        self.weight = w
+
+
+def holders(ws: Sequence[Tensor]) -> nn.Module:
+    """A model with a module for each parameter."""
+    return nn.ModuleList(map(Holder, ws))
 
 
 STRENGTHS = {"L1": (1e-4, 0.0), "L2": (0.0, 1e-4), "ElasticNet": (1e-4, 1e-4)}
@@ -86,10 +109,53 @@ STRENGTHS = {"L1": (1e-4, 0.0), "L2": (0.0, 1e-4), "ElasticNet": (1e-4, 1e-4)}
 def weights(shapes: Sequence[Shape], *, kept: bool) -> list[Tensor]:
     """Seeded parameters, with gradients of zeros or with none."""
     generator = torch.Generator().manual_seed(0)
-    made = [torch.randn(s, generator=generator).mul_(0.02).requires_grad_() for s in shapes]
-    for w in made:
-        w.grad = torch.zeros_like(w) if kept else None
+    made = [nn.Parameter(torch.randn(s, generator=generator).mul_(0.02)) for s in shapes]
+    reset(made, kept=kept)
     return made
+
+
+def reset(ws: Sequence[Tensor], *, kept: bool) -> None:
+    """Gives each a gradient of zeros, or none."""
+    for w in ws:
+        w.grad = torch.zeros_like(w) if kept else None
+
+
+# ---- what others do ----------------------------------------------------------------------------
+
+
+@functools.cache
+def keras() -> Any:
+    """Keras 3 with the torch backend, None where it is not installed."""
+    os.environ["KERAS_BACKEND"] = "torch"
+    try:
+        import keras as found
+    except ImportError:
+        return None
+    return found
+
+
+def by_keras(shapes: Sequence[Shape], l1: float, l2: float) -> tuple[list[Tensor], Penalty]:
+    """Kernels of Dense layers with a regularizer each, and the sum of their model's `losses`."""
+    regularizer = keras().regularizers.L1L2(l1, l2 / 2)  # Keras' L2 has no 1/2
+    model = keras().Model()
+    model.rows = [math.prod(shape[:-1]) if len(shape) < 3 else shape[0] for shape in shapes]
+    model.kernels = [
+        keras().layers.Dense(
+            math.prod(shape) // rows, use_bias=False, kernel_regularizer=regularizer
+        )
+        for shape, rows in zip(shapes, model.rows, strict=True)
+    ]
+    for layer, rows in zip(model.kernels, model.rows, strict=True):
+        layer.build((None, rows))
+    kernels = [layer.kernel.value for layer in model.kernels]
+    for kernel, w in zip(kernels, weights(shapes, kept=False), strict=True):
+        kernel.data.copy_(w.detach().view_as(kernel))
+    return kernels, lambda: sum(model.losses)
+
+
+def fused_step(ws: Sequence[Tensor], weight_decay: float) -> Callable[[], Any]:
+    """A step of the fused AdamW."""
+    return torch.optim.AdamW(ws, lr=1e-6, weight_decay=weight_decay, fused=True).step
 
 
 # ---- times -----------------------------------------------------------------------------------
@@ -109,39 +175,93 @@ def taking_turns(jobs: Sequence[Callable[[], Any]], turns: int) -> list[list[flo
 
 
 class Ratio(NamedTuple):
-    """Of regwrap's times to the loop's."""
+    """Of a way's times to the loop's."""
 
     median: float
     least: float
 
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.least:.2f})"
 
-def ratio(shapes: Sequence[Shape], strengths: tuple[float, float], kept: bool, turns: int) -> Ratio:
-    """Forward and backward, beside each other."""
+
+def ratio(ways: Sequence[float], loops: Sequence[float]) -> Ratio:
+    """Of times that were taken beside each other."""
+    pairs = zip(ways, loops, strict=True)
+    return Ratio(statistics.median(a / b for a, b in pairs), min(ways) / min(loops))
+
+
+def ratios(
+    shapes: Sequence[Shape], strengths: tuple[float, float], kept: bool, turns: int
+) -> dict[str, Ratio]:
+    """Forward and backward of each way, beside the loop's."""
     ws = weights(shapes, kept=kept)
+    jobs = {
+        "loop": (ws, by_hand(ws, *strengths)),
+        "regwrap": (ws, by_regwrap(holders(ws), *strengths)),
+    }
+    if keras() is not None:
+        jobs["Keras 3's losses"] = by_keras(shapes, *strengths)
+    for kernels, _ in jobs.values():
+        reset(kernels, kept=kept)
 
-    def job(penalty: Penalty) -> float:
-        for w in ws if not kept else ():
-            w.grad = None
-        return seconds(lambda: penalty(ws).backward())  # type: ignore[no-untyped-call]
+    def timed(ws: Sequence[Tensor], penalty: Penalty) -> float:
+        if not kept:
+            reset(ws, kept=False)
+        return seconds(lambda: penalty().backward())  # type: ignore[no-untyped-call]
 
-    pairs = [(job(by_hand(*strengths)), job(fast(*strengths))) for _ in range(turns + 2)][2:]
-    loop, ours = zip(*pairs, strict=True)
-    return Ratio(statistics.median(b / a for a, b in pairs), min(ours) / min(loop))
+    found = [[timed(*job) for job in jobs.values()] for _ in range(turns + 2)][2:]
+    loop, *ways = zip(*found, strict=True)
+    return {name: ratio(way, loop) for name, way in zip(list(jobs)[1:], ways, strict=True)}
+
+
+def decay(shapes: Sequence[Shape], kept: bool, turns: int) -> Ratio:
+    """What `weight_decay` adds to a fused step, beside the L2 loop."""
+    ws = weights(shapes, kept=kept)
+    penalty = by_hand(ws, *STRENGTHS["L2"])
+
+    def loop() -> None:
+        if not kept:
+            reset(ws, kept=False)
+        penalty().backward()  # type: ignore[no-untyped-call]
+
+    # the loop before each of the two: what it leaves in the cache is the same for both
+    jobs = [loop, fused_step(ws, 0), loop, fused_step(ws, STRENGTHS["L2"][1])]
+    _, plain, loops, decayed = taking_turns(jobs, turns)
+    added = [b - a for a, b in zip(plain, decayed, strict=True)]
+    median = statistics.median(a / b for a, b in zip(added, loops, strict=True))
+    return Ratio(median, (min(decayed) - min(plain)) / min(loops))
 
 
 def print_times(console: Console, quick: bool) -> None:
-    """The table of ratios, and their geometric mean over L1 and L2."""
-    table = Table("forward + backward", "threads", "gradients", *STRENGTHS, title="times")
-    logs = []
+    """The table of ratios to the loop, and what regwrap's come to."""
+    table = Table(
+        "case",
+        "threads",
+        "gradients",
+        "by",
+        *STRENGTHS,
+        title="forward + backward, of the textbook loop's time",
+    )
+    ours: dict[tuple[bool, str], list[float]] = {}
     for threads, kept in itertools.product((1, 2), (False, True)):
         torch.set_num_threads(threads)
         for name, shapes in CASES.items():
             turns = 5 if quick else 15 if sum(map(math.prod, shapes)) > 2e6 else 45
-            found = [ratio(shapes, s, kept, turns) for s in STRENGTHS.values()]
-            logs += [math.log(r.median) for r in found[:2]]
-            cells = [f"{r.median:.2f} ({r.least:.2f})" for r in found]
-            table.add_row(name, str(threads), "kept" if kept else "None", *cells)
+            found = {term: ratios(shapes, s, kept, turns) for term, s in STRENGTHS.items()}
+            for term, ways in found.items():
+                ours.setdefault((kept, term), []).append(ways["regwrap"].median)
+            case = (name, str(threads), "kept" if kept else "None")
+            for way in found["L2"]:
+                table.add_row(*case, way, *(str(ways[way]) for ways in found.values()))
+            if keras() is None:
+                table.add_row(*case, "Keras 3's losses", *["no keras here"] * len(found))
+            table.add_row(
+                *case, "weight_decay", "-", str(decay(shapes, kept, turns)), "-", end_section=True
+            )
     console.print(table)
+    for (kept, term), medians in ours.items():
+        console.print(f"{term}, gradients {'kept' if kept else 'None'}: at most {max(medians):.2f}")
+    logs = [math.log(m) for (_, term), ms in ours.items() if term != "ElasticNet" for m in ms]
     console.print(f"geometric mean of L1 and L2: {math.exp(statistics.mean(logs)):.2f}")
 
 
@@ -176,12 +296,12 @@ def peak(job: Callable[[], Any]) -> int:
     return max(itertools.accumulate(event.nbytes() for event in events))
 
 
-def footprint(shapes: Sequence[Shape], penalty: Penalty, *, kept: bool) -> tuple[int, int]:
+def footprint(ws: Sequence[Tensor], penalty: Penalty, *, kept: bool) -> tuple[int, int]:
     """Operations, and bytes held at the peak, of forward and backward."""
-    job = lambda: penalty(weights_).backward()  # type: ignore[no-untyped-call]  # noqa: E731
-    weights_ = weights(shapes, kept=kept)
+    job = lambda: penalty().backward()  # type: ignore[no-untyped-call]  # noqa: E731
+    reset(ws, kept=kept)
     count = operations(job)
-    weights_ = weights(shapes, kept=kept)
+    reset(ws, kept=kept)
     return count, peak(job)
 
 
@@ -195,8 +315,9 @@ def print_footprints(console: Console) -> None:
     ):
         cells = []
         for strengths in STRENGTHS.values():
-            before = footprint(shapes, by_hand(*strengths), kept=kept)
-            after = footprint(shapes, fast(*strengths), kept=kept)
+            ws = weights(shapes, kept=kept)
+            before = footprint(ws, by_hand(ws, *strengths), kept=kept)
+            after = footprint(ws, by_regwrap(holders(ws), *strengths), kept=kept)
             memory = f"{before[1] / 1e6:.1f} -> {after[1] / 1e6:.1f}"
             cells.append(f"{before[0]:,} -> {after[0]:,}; {memory}")
         table.add_row(name, "kept" if kept else "None", *cells)
@@ -224,12 +345,15 @@ class GPT(nn.Module):
         return self.head(self.blocks(self.embed(tokens), mask=mask, is_causal=True))  # type: ignore[no-any-return]
 
 
-def training_step(penalty: Penalty | None, weight_decay: float = 0.0) -> Callable[[], None]:
+def training_step(
+    way: Callable[[nn.Module], Penalty] | None, weight_decay: float = 0.0
+) -> Callable[[], None]:
     """One step of AdamW on a model of its own."""
     torch.manual_seed(0)
     model = GPT()
+    penalty = None if way is None else way(model)
     parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=weight_decay, fused=True)
     tokens = torch.randint(1000, (8, 65))
 
     def step() -> None:
@@ -237,7 +361,7 @@ def training_step(penalty: Penalty | None, weight_decay: float = 0.0) -> Callabl
         logits = model(tokens[:, :-1])
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         if penalty is not None:
-            loss = loss + penalty(parameters)
+            loss = loss + penalty()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
@@ -247,22 +371,20 @@ def training_step(penalty: Penalty | None, weight_decay: float = 0.0) -> Callabl
 def print_training(console: Console, quick: bool) -> None:
     """What each way adds to a whole step, in percent of it."""
     ways = {"no penalty": training_step(None)}
-    for name, strengths in STRENGTHS.items():
-        ways[f"{name} by hand"] = training_step(by_hand(*strengths))
-        ways[f"{name} by regwrap"] = training_step(fast(*strengths))
-    ways["AdamW's weight_decay"] = training_step(None, weight_decay=1e-2)
+    for name, (l1, l2) in STRENGTHS.items():
+        ways[f"{name} by hand"] = training_step(
+            lambda model, l1=l1, l2=l2: by_hand(list(model.parameters()), l1, l2)
+        )
+        ways[f"{name} by regwrap"] = training_step(
+            lambda model, l1=l1, l2=l2: by_regwrap(model, l1, l2)
+        )
+    ways["the fused AdamW's weight_decay"] = training_step(None, weight_decay=1e-2)
     table = Table("a training step of a small GPT", "1 thread", "2 threads", title="% added")
     columns = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
         plain, *others = taking_turns(list(ways.values()), 10 if quick else 60)
-        added = [
-            (
-                statistics.median(b / a for a, b in zip(plain, way, strict=True)),
-                min(way) / min(plain),
-            )
-            for way in others
-        ]
+        added = [ratio(way, plain) for way in others]
         columns.append([f"{100 * m - 100:+.0f} ({100 * b - 100:+.0f})" for m, b in added])
     for row in zip(list(ways)[1:], *columns, strict=True):
         table.add_row(*row)
@@ -274,10 +396,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer turns, rougher figures")
     quick = parser.parse_args().quick
-    console = Console(width=None if Console().is_terminal else 110)
+    console = Console(width=None if Console().is_terminal else 130)
+    start = time.perf_counter()
     print_times(console, quick)
     print_training(console, quick)
     print_footprints(console)
+    console.print(f"This run took {(time.perf_counter() - start) / 60:.1f} minutes.")
 
 
 if __name__ == "__main__":
