@@ -47,6 +47,8 @@ class Mark:
     """The later rule that replaced or cleared it."""
     note: str = ""
     """What was found out when it was planned."""
+    callers: int = 0
+    """Of a Dropout by fx: how many modules have it in their code."""
 
 
 class Reference:

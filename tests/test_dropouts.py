@@ -1007,9 +1007,9 @@ def test_a_layer_whose_dropout_is_in_the_code_above_is_left_to_the_model(
 ) -> None:
     model = put(Outer(), {"fc": Dropout(0.1), "heads": Dropout(0.2)}, told=True)
     before = fingerprint(model)
-    with pytest.raises(PolicyError, match="in the code of a module above the one given"):
+    with pytest.raises(PolicyError, match="in the code of a module above or beside"):
         regularize(model.get_submodule(part), rules)
-    with pytest.raises(PolicyError, match="in the code of a module above the one given"):
+    with pytest.raises(PolicyError, match="in the code of a module above or beside"):
         unregularize(model.get_submodule(part))
     assert not differences(before, fingerprint(model))
     undone(model, Outer)
@@ -1041,6 +1041,30 @@ def test_a_layer_with_two_owners_drops_in_both() -> None:
         assert [m.p for m in part.modules() if isinstance(m, nn.Dropout)] == [0.5]  # type: ignore[union-attr]
     assert trained(model) != trained(Wide())
     undone(model, Wide)
+
+
+class Shared(nn.Module):
+    """One layer that two owners call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = Residual(), Residual()
+        self.right.fc = self.left.fc
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.right(self.left(x))
+
+
+@pytest.mark.parametrize("change", [unregularize, lambda part: regularize(part, {"fc": None})])
+def test_one_owner_of_a_shared_layer_alone_is_left_to_the_model(change: Any) -> None:
+    model = put(Shared(), {"left.fc": Dropout(0.5)})
+    with pytest.raises(PolicyError, match=r"call .* on the model that was regularized first"):
+        change(model.left)
+    assert how(model) == {"left.fc": "fx"}
+    model.right = nn.Identity()  # its caller is gone: the model itself can be undone still
+    unregularize(model)
+    assert not how(model)
+    assert not [name for name, _ in model.named_modules() if "regwrap" in name]
 
 
 def test_tied_and_aliased_layers() -> None:

@@ -24,10 +24,12 @@ class Claim:
     owners: tuple[Owner, ...]
     by: Rule | None = None
     note: str = ""
+    callers: int = 0
 
     def mark(self, name: str) -> Mark:
         """The claim as it lies on an owner, under the owner's name of the site."""
-        return Mark(name, self.term, self.rule, self.mechanism, self.by, self.note)
+        held = (self.term, self.rule, self.mechanism, self.by, self.note, self.callers)
+        return Mark(name, *held)
 
 
 class Claims:
@@ -86,7 +88,8 @@ def load(survey: Survey) -> tuple[list[Rule], Claims]:
             owners.append((node.module, mark.site))
     claims = Claims()
     for (key, rule, by), (mark, owners) in found.items():
-        claim = Claim(mark.site, mark.term, rule, mark.mechanism, tuple(owners), by, mark.note)
+        held = (mark.mechanism, tuple(owners), by, mark.note, mark.callers)
+        claim = Claim(mark.site, mark.term, rule, *held)
         if by is None:
             claims.take(key, claim)
         else:

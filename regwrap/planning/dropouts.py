@@ -27,6 +27,8 @@ class Place:
     module: nn.Module
     mechanism: str | None
     note: str = ""
+    callers: int = 0
+    """By fx: how many modules get it into their code."""
 
 
 def claim_calls(survey: Survey, claims: Claims, rule: Rule, reach: Reach) -> int:
@@ -57,7 +59,8 @@ def _take(survey: Survey, claims: Claims, rule: Rule, layer: nn.Module, place: P
             claims.displace((CALL, id(acting)), _FAMILY, rule)
     assert rule.term is not None
     owners = ((place.module, CALL),)
-    claim = Claim(CALL, rule.term, rule, place.mechanism, owners, note=place.note)
+    acts = (place.mechanism, owners)
+    claim = Claim(CALL, rule.term, rule, *acts, note=place.note, callers=place.callers)
     claims.take((CALL, id(place.module)), claim)
 
 
@@ -218,13 +221,15 @@ def _place(survey: Survey, rule: Rule, layer: nn.Module) -> Place:
 
 
 def _refuse_owner_above(survey: Survey, rule: Rule, layer: nn.Module) -> None:
-    held = any(m.mechanism == "fx" for m in record.read(layer).marks)
+    callers = max((m.callers for m in record.read(layer).marks if m.mechanism == "fx"), default=0)
     verdict = survey.verdict(layer)
-    if held and (verdict is None or not verdict.sites):
+    seen = 0 if verdict is None else len(verdict.sites)
+    # of the model that was regularized itself a caller may have been replaced since
+    if seen < callers and (seen == 0 or record.read(survey.model).census is None):
         raise PolicyError(
             f"Rule ({shown(rule.where)!r}: {rule.term!r}) reaches {_path(survey, layer)!r}, whose "
-            "Dropout is in the code of a module above the one given; call regularize on the model "
-            "that was regularized first."
+            "Dropout is in the code of a module above or beside the one given; call regularize on "
+            "the model that was regularized first."
         )
 
 
@@ -265,7 +270,8 @@ def _by_fx_or_hook(survey: Survey, layer: nn.Module, term: Dropout) -> Place:
     notes = [f"not by fx: {why}"] if why else []
     if term.at != "input" and verdict is not None and _stacks(survey, verdict, term):
         notes.append("stacked on a Dropout that follows")
-    return Place(layer, "hook" if why else "fx", "; ".join(notes))
+    callers = 0 if why or verdict is None else len(verdict.sites)
+    return Place(layer, "hook" if why else "fx", "; ".join(notes), callers)
 
 
 def _behind_activation(survey: Survey, rule: Rule, layer: nn.Module) -> Place:

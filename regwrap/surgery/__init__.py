@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterable
 
 from torch import nn
@@ -217,19 +218,22 @@ def take_back(root: nn.Module) -> bool:
 
 
 def _refuse_owner_above(root: nn.Module) -> None:
-    """Refuses to forget a Dropout that would go on acting, in the code of a module above."""
-    within: set[int] = set()
+    """Refuses to forget a Dropout that would go on acting, in the code of a module elsewhere."""
+    within: Counter[int] = Counter()
     for module in root.modules():
         found = fx.rewritten(module)
         for insert in () if found is None else found.inserts:
             # all beneath: a LoRA layer may have taken the place of the one it wraps
             within.update(map(id, _beneath(module, insert.child)))
+    was_given = record.read(root).census is not None  # then a caller may have been replaced since
     for path, module in root.named_modules():
-        if id(module) not in within and any(m.mechanism == "fx" for m in record.read(module).marks):
+        callers = [m.callers for m in record.read(module).marks if m.mechanism == "fx"]
+        seen = within[id(module)]
+        if callers and seen < max(callers) and (seen == 0 or not was_given):
             raise PolicyError(
                 f"The Dropout of {path or 'the model itself'!r} ({type(module).__name__}) is in "
-                "the code of a module above the one given; call unregularize on the model that "
-                "was regularized first."
+                "the code of a module above or beside the one given; call unregularize on the "
+                "model that was regularized first."
             )
 
 
