@@ -1,11 +1,13 @@
 """param_groups against the decay that transformers' own Trainer gives, over tiny random models.
 
-Every parameter on which the two differ is listed below with the reason.
+Every parameter on which the two differ is listed below with the reason; the README counts them.
 """
 
 from __future__ import annotations
 
+import functools
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -223,9 +225,9 @@ def test_there_are_enough() -> None:
     assert set(DIFFERENT) <= set(ARCHITECTURES)
 
 
-@pytest.mark.filterwarnings("ignore")  # transformers' own, on configurations and kernels
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_decay_is_the_trainers_but_for_what_is_listed(architecture: str) -> None:
+@functools.cache
+def compared(architecture: str) -> tuple[int, dict[str, str]]:
+    """How many trainable parameters there are, and the reason of each that differs, checked."""
     model = build(architecture)
     names = {id(p): name for name, p in model.named_parameters()}
     groups = rw.param_groups(model, weight_decay=0.1)
@@ -236,9 +238,35 @@ def test_decay_is_the_trainers_but_for_what_is_listed(architecture: str) -> None
     theirs = set(transformers.Trainer.get_decay_parameter_names(None, model))
     theirs &= {names[i] for i in held}
     listed = DIFFERENT.get(architecture, {})
+    found = {}
     for name in ours ^ theirs:
         reasons = [reason for pattern, reason in listed.items() if matches(pattern, name)]
         assert len(reasons) == 1, f"{name}: Trainer {name in theirs}, ours {name in ours}"
         assert holds(reasons[0], model, name, name in ours)
-    for pattern in listed:
-        assert any(matches(pattern, name) for name in ours ^ theirs), f"{pattern} is out of date"
+        found[name] = reasons[0]
+    return len(held), found
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers' own, on configurations and kernels
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_decay_is_the_trainers_but_for_what_is_listed(architecture: str) -> None:
+    _, found = compared(architecture)
+    for pattern in DIFFERENT.get(architecture, {}):
+        assert any(matches(pattern, name) for name in found), f"{pattern} is out of date"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_readme_has_the_counts() -> None:
+    """Prints them too (pytest -s)."""
+    every = {architecture: compared(architecture) for architecture in ARCHITECTURES}
+    reasons = [reason for _, found in every.values() for reason in found.values()]
+    trainable = sum(count for count, _ in every.values())
+    told = [f"{len(reasons)} of {trainable:,} parameters in {len(every)} architectures"]
+    for kind, reason in {"flat": FLAT, "norm": NORM, "named": NAMED}.items():
+        where = [a for a, (_, found) in every.items() if reason in found.values()]
+        told.append(f"{reasons.count(reason)} parameters in {len(where)} architectures")
+        print(f"{kind}: {told[-1]} ({', '.join(where)})")
+    print(told[0])
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    unwrapped = " ".join(readme.split())
+    assert [line for line in told if line not in unwrapped] == []
