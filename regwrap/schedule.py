@@ -16,6 +16,7 @@ from torch import nn
 from regwrap import penalty, record, surgery
 from regwrap.errors import PolicyError, UnmatchedRule
 from regwrap.planning import reached
+from regwrap.planning.dropouts import rate_of
 from regwrap.record import Factor, Mark
 from regwrap.terms import DropConnect, Dropout, Term, WeightDecay, WeightTerm
 from regwrap.where import shown
@@ -32,11 +33,12 @@ class StrengthScheduler:
         StrengthScheduler(model, lambda step: min(1, step / 100))
         StrengthScheduler(model, lambda step: (1 + math.cos(math.pi * step / 1000)) / 2)
 
-    Compiled code is not compiled again: it reads the factor from a tensor. Only a dropout in
-    compiled training code draws other random numbers than `nn.Dropout` then. A copy of the model
-    goes on with the factor of the moment and is moved by no schedule. Of two schedules on the same
-    entry the later one holds. The decay that an optimizer's group carries is the optimizer's: move
-    `group["weight_decay"]`, or give the group 0, attach, and schedule after that.
+    Compiled code is not compiled again: it reads the factor from a tensor, save the rates of the
+    model's own dropouts and of a dropout of another `kind=`, which compile anew at every value. A
+    dropout in compiled training code draws other random numbers than `nn.Dropout` then. A copy of
+    the model goes on with the factor of the moment and is moved by no schedule. Of two schedules
+    on the same entry the later one holds. The decay that an optimizer's group carries is the
+    optimizer's: move `group["weight_decay"]`, or give the group 0, attach, and schedule after that.
 
     Args:
         model: with a policy.
@@ -178,9 +180,16 @@ def _moves(module: nn.Module, mark: Mark) -> bool:
     """Whether what acts for the mark reads a factor."""
     if isinstance(mark.term, WeightDecay):
         return record.read(module).is_carried(mark)
-    if isinstance(mark.term, Dropout | DropConnect):
+    if isinstance(mark.term, Dropout):
+        return mark.mechanism is not None and _has_rate(mark.term)
+    if isinstance(mark.term, DropConnect):
         return mark.mechanism is not None
     return isinstance(mark.term, WeightTerm)
+
+
+def _has_rate(term: Dropout) -> bool:
+    """Whether a dropout of the term's class keeps its rate where it can be set."""
+    return term.kind is nn.Dropout or rate_of(term.kind(term.p)) is not None
 
 
 def _immovable(term: Term) -> str:
@@ -189,6 +198,11 @@ def _immovable(term: Term) -> str:
         return (
             f"{told}: the optimizer's group carries it; move group['weight_decay'], or give the "
             "group weight_decay=0 and call attach(model, optimizer) first."
+        )
+    if isinstance(term, Dropout) and not _has_rate(term):
+        return (
+            f"{told}: {term.kind.__name__} keeps its rate under no name that is known; call it "
+            "drop_prob there."
         )
     if isinstance(term, Dropout):
         return f"{told} where it acts by no hook of its own; set the dropout's p instead."

@@ -14,11 +14,24 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
+from torch._dynamo.utils import counters
 from torch.optim import SGD, AdamW
 
 import regwrap as rw
 import regwrap.surgery
-from regwrap import L1, L2, Dropout, ElasticNet, MaxNorm, StrengthScheduler, WeightDecay
+from regwrap import (
+    L1,
+    L2,
+    L2SP,
+    DropConnect,
+    Dropout,
+    ElasticNet,
+    GroupLasso,
+    MaxNorm,
+    Orthogonal,
+    StrengthScheduler,
+    WeightDecay,
+)
 
 torch.set_num_threads(1)
 
@@ -230,24 +243,218 @@ def test_scheduling_after_something_was_compiled_takes_effect(fresh_dynamo: None
     assert zeros(model, compiled) == 0
 
 
+class Chain(nn.Module):
+    """A body that can be written anew, with a dropout of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(6, 100)
+        self.own = nn.Dropout(0.1)
+        self.b = nn.Linear(100, 400)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.own(self.a(x)))
+
+
+class Guarded(Chain):
+    """The same, and a body that cannot."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            return self.b(self.own(self.a(x)))
+
+
+class Halving(nn.Module):
+    """A dropout of somebody else's, under a name of its own for the rate."""
+
+    def __init__(self, drop_prob: float) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, self.drop_prob, self.training)
+
+
+def mechanisms(model: nn.Module) -> list[Any]:
+    return [row["mechanism"] for row in rw.policy(model).rows() if row["term"]]
+
+
+def share_dropped(model: nn.Module) -> float:
+    """Of the output; of what the weight of b is read as, where that is what drops."""
+    if "b" in dict(model.named_modules()) and hasattr(model.b, "parametrizations"):
+        torch.manual_seed(0)
+        return (model.b.weight == 0).float().mean().item()
+    return zeros(model)
+
+
+DROPS: dict[str, tuple[type[Chain], Any, str]] = {
+    "in the code": (Chain, {"b": Dropout(0.4)}, "fx"),
+    "in the code, of a kind": (Chain, {"b": Dropout(0.4, kind=Halving)}, "fx"),
+    "by a hook": (Guarded, {"b": Dropout(0.4)}, "hook"),
+    "by a hook, of a kind": (Guarded, {"b": Dropout(0.4, kind=Halving)}, "hook"),
+    "of the weight": (Chain, {"b": DropConnect(0.4)}, "parametrization"),
+}
+every_drop = pytest.mark.parametrize(("make", "rules", "how"), DROPS.values(), ids=list(DROPS))
+
+
+@every_drop
+def test_every_dropout_moves_and_is_saved_with_the_step(make: Any, rules: Any, how: str) -> None:
+    model = rw.regularize(make(), {"own": Dropout(0), **rules})
+    assert how in mechanisms(model)
+    scheduler = StrengthScheduler(model, warm_up, where="b")
+    for factor in (0, 0.25, 0.5, 0.75, 1):
+        assert share_dropped(model) == pytest.approx(0.4 * factor, abs=0.01)
+        scheduler.step()
+    scheduler.load_state_dict({"last_step": 2})
+    assert share_dropped(model) == pytest.approx(0.2, abs=0.01)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert share_dropped(copied) == pytest.approx(0.2, abs=0.01)
+        scheduler.step()
+        assert share_dropped(copied) == pytest.approx(0.2, abs=0.01)
+        scheduler.load_state_dict({"last_step": 2})
+    assert share_dropped(model.eval()) == 0
+    assert share_dropped(rw.unregularize(model.train()).eval()) == 0
+
+
+@every_drop
+def test_a_later_rule_leaves_every_dropout_scheduled(make: Any, rules: Any, how: str) -> None:
+    model = rw.regularize(make(), {"own": Dropout(0), **rules})
+    scheduler = StrengthScheduler(model, lambda step: 0.5 + step / 10, where="b")
+    rw.regularize(model, {"a": [Dropout(0.1), L2(0.1)]})
+    assert share_dropped(model) == pytest.approx(0.2, abs=0.02)
+    scheduler.step()
+    assert share_dropped(model) == pytest.approx(0.24, abs=0.02)
+
+
+@pytest.mark.parametrize("make", [Chain, Guarded])
+def test_a_later_rate_is_scheduled(make: Any) -> None:
+    model = rw.regularize(make(), {"own": Dropout(0), "b": Dropout(0.4)})
+    StrengthScheduler(model, lambda step: 0.5, where="b")
+    rw.regularize(model, {"b": Dropout(0.2)})
+    assert zeros(model) == pytest.approx(0.1, abs=0.01)
+
+
+@every_drop
+def test_a_failure_half_way_leaves_every_dropout_scheduled(
+    make: Any, rules: Any, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = rw.regularize(make(), {"own": Dropout(0), **rules})
+    StrengthScheduler(model, lambda step: 0.5, where="b")
+
+    def fail(root: nn.Module) -> bool:
+        raise RuntimeError("half-way")
+
+    monkeypatch.setattr(regwrap.surgery, "expose", fail)
+    with pytest.raises(RuntimeError, match="half-way"):
+        rw.regularize(model, {"a": [Dropout(0.1), DropConnect(0.2), L2(0.1)]})
+    assert share_dropped(model) == pytest.approx(0.2, abs=0.01)
+
+
+def test_a_models_own_dropout_moves() -> None:
+    model = rw.regularize(Chain(), {"own": Dropout(0.4)})
+    assert mechanisms(model) == ["direct"]
+    scheduler = StrengthScheduler(model, warm_up)
+    for factor in (0, 0.25, 0.5):
+        assert model.own.p == 0.4 * factor
+        scheduler.step()
+    rw.unregularize(model)
+    assert model.own.p == 0.1
+
+
+@pytest.mark.parametrize("make", [Chain, Guarded])
+def test_a_kind_whose_rate_cannot_be_set_is_refused(make: Any) -> None:
+    class Sealed(nn.Module):
+        def __init__(self, rate: float) -> None:
+            super().__init__()
+            self.settings = {"rate": rate}
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.dropout(x, self.settings["rate"], self.training)
+
+    model = rw.regularize(make(), {"b": Dropout(0.4, kind=Sealed)})
+    with pytest.raises(rw.PolicyError, match="Sealed keeps its rate under no name that is known"):
+        StrengthScheduler(model, warm_up)
+
+
+@pytest.mark.parametrize("term", [L1(0.1, on="output"), L2(0.1, when="called")], ids=repr)
+def test_what_hooks_collect_moves(term: Any) -> None:
+    model = rw.regularize(Chain(), {"a": term})
+    model(torch.ones(4, 6))
+    whole = model.reg_loss.item()
+    scheduler = StrengthScheduler(model, warm_up)
+    for factor in (0, 0.25, 0.5):
+        model(torch.ones(4, 6))
+        assert model.reg_loss.item() == pytest.approx(whole * factor)
+        scheduler.step()
+
+
 # ---- compiled -----------------------------------------------------------------------------------
 
 
-def test_no_recompilation_over_fifty_steps(fresh_dynamo: None) -> None:
-    model = rw.regularize(net(), {"": L1(1e-3) + L2(1e-2), "0": Dropout(0.5)})
+COMPILED: dict[str, tuple[type[nn.Module], Any]] = {
+    "loss": (Chain, L1(1e-3) + L2(1e-2)),
+    "other penalties": (Chain, L2SP(0.1) + GroupLasso(1e-3) + Orthogonal(1e-3)),
+    "hadamard": (Chain, {"b": L1(1e-3, solver="hadamard")}),
+    "activity": (Chain, {"a": L2(1e-3, on="output"), "b": L1(1e-3, on="output")}),
+    "called": (Chain, L2(1e-2, when="called")),
+    "step": (Chain, L1(1e-3) + L2(1e-2) + GroupLasso(1e-3) + WeightDecay(0.1)),
+    "dropout in the code": (Chain, {"b": Dropout(0.5)}),
+    "dropout before": (Guarded, {"b": Dropout(0.5, at="input")}),
+    "dropout by a hook": (Guarded, {"b": Dropout(0.5)}),
+    "dropout of the weight": (Chain, {"b": DropConnect(0.5)}),
+    "all": (Guarded, {"": L1(1e-3), "b": [L2(1e-2, on="output"), Dropout(0.5)]}),
+}
+
+
+@pytest.mark.parametrize(("make", "rules"), COMPILED.values(), ids=list(COMPILED))
+def test_no_recompilation_over_fifty_steps(
+    make: Any, rules: Any, fresh_dynamo: None, request: pytest.FixtureRequest
+) -> None:
+    torch.manual_seed(0)
+    model = rw.regularize(make(), rules)
+    optimizer = SGD(model.parameters(), lr=0.01)
+    if request.node.callspec.id == "step":
+        rw.attach(model, optimizer)
     scheduler = StrengthScheduler(model, lambda step: min(1, step / 50))
     torch.compiler.reset()
+    counters.clear()
     frames = CompileCounter()
     compiled = torch.compile(model, backend=frames, fullgraph=True)
-    optimizer = SGD(model.parameters(), lr=0.1)
     x = torch.randn(16, 6)
     for _ in range(50):
         optimizer.zero_grad()
         (compiled(x).square().mean() + model.reg_loss).backward()
         optimizer.step()
         scheduler.step()
-    assert frames.frame_count == 1
+    assert frames.frame_count == counters["stats"]["unique_graphs"] == 1
+    assert not counters["recompile_limit"] and not counters["graph_break"]
     assert scheduler.factor() == 1
+
+
+def test_a_models_own_dropout_compiles_anew_at_every_value(fresh_dynamo: None) -> None:
+    """The stated limit."""
+    model = rw.regularize(Chain(), {"own": Dropout(0.5)})
+    scheduler = StrengthScheduler(model, lambda step: step / 10)
+    torch.compiler.reset()
+    frames = CompileCounter()
+    compiled = torch.compile(model, backend=frames, fullgraph=True)
+    for _ in range(4):
+        compiled(torch.randn(16, 6))
+        scheduler.step()
+    assert frames.frame_count == 4
+
+
+def test_a_compiled_mask_of_the_weight_moves(fresh_dynamo: None) -> None:
+    model = rw.regularize(Wide(), {"fc": DropConnect(0.4)})
+    scheduler = StrengthScheduler(model, warm_up)
+    torch.compiler.reset()
+    compiled = torch.compile(lambda: model.fc.weight * 1, backend="aot_eager", fullgraph=True)
+    for factor in (0, 0.25, 0.5, 0.75, 1):
+        read = torch.stack([compiled() for _ in range(20)])
+        assert (read == 0).float().mean().item() == pytest.approx(0.4 * factor, abs=0.02)
+        kept = read[read != 0]
+        assert torch.allclose(kept, torch.tensor(1 / (1 - 0.4 * factor)))
+        scheduler.step()
 
 
 def test_no_recompilation_of_a_compiled_loss(fresh_dynamo: None) -> None:
@@ -275,10 +482,18 @@ def test_no_recompilation_of_a_compiled_loss(fresh_dynamo: None) -> None:
 
 
 def begin() -> tuple[nn.Module, torch.optim.Optimizer, StrengthScheduler]:
-    model = rw.regularize(net(), {"": L1(0.01) + L2(0.1), "0": Dropout(0.5)})
-    optimizer = AdamW(model.parameters(), lr=0.01)
-    rw.attach(model[2], optimizer)  # half in the step, half in the loss
-    return model, optimizer, StrengthScheduler(model, cosine)
+    torch.manual_seed(0)
+    rules = {
+        "": L1(0.01) + L2(0.1),
+        "own": Dropout(0.3),
+        "a": [L2(0.1, on="output"), DropConnect(0.2)],
+        "b": Dropout(0.5),
+        "b.weight": GroupLasso(0.01),
+    }
+    model = rw.regularize(Guarded(), rules)
+    optimizer = AdamW(model.parameters(), lr=0.01, weight_decay=0)
+    rw.attach(model.b, optimizer)  # half in the step, half in the loss
+    return model, optimizer, StrengthScheduler(model, lambda step: cosine(100 * step))
 
 
 def train(model: nn.Module, optimizer: Any, scheduler: Any, steps: range) -> None:

@@ -16,7 +16,7 @@ from regwrap.planning import Claim, Draft, Key
 from regwrap.planning.survey import Survey
 from regwrap.record import Census, Mark, Record, Reference
 from regwrap.seen import ROUND
-from regwrap.surgery import fx, output, rates, weight
+from regwrap.surgery import fx, output, rates, scheduled, weight
 from regwrap.terms import L2SP, Dropout
 
 
@@ -40,6 +40,8 @@ def apply(root: nn.Module, draft: Draft) -> None:
             record.strip(module)
             if lifted:
                 record.lay(module, lifted)
+        for module in modules:
+            _schedule_inserted(module)
         if not spliced:
             identity.unsplice(root, RegularizedMixin)
         raise
@@ -80,6 +82,7 @@ def _sync_owners(survey: Survey) -> None:
         present = fx.rewritten(node.module)
         if wanted != (() if present is None else present.inserts):
             _rewrite(node.module, wanted)
+        _schedule_inserted(node.module)
 
 
 def _rewrite(owner: nn.Module, inserts: tuple[fx.Insert, ...]) -> None:
@@ -159,6 +162,7 @@ def follow(root: nn.Module, modules: Iterable[nn.Module]) -> None:
     changed = False
     for module in modules:
         changed |= output.sync(module)
+        weight.sync(module)
         move(module)
     for owner in root.modules():
         _schedule_inserted(owner)
@@ -167,20 +171,22 @@ def follow(root: nn.Module, modules: Iterable[nn.Module]) -> None:
 
 
 def move(module: nn.Module) -> None:
-    """Gives the rates that are plain numbers on the module the present value."""
+    """Gives the rate that is a plain number on the module the present value."""
     rates.sync(module)
-    weight.move(module)
 
 
 def _schedule_inserted(owner: nn.Module) -> None:
+    """Gives dropouts in the owner's code that are scheduled what reads their factor."""
     present = fx.rewritten(owner)
     for name, insert in () if present is None else zip(present.names, present.inserts, strict=True):
         held = record.read(owner.get_submodule(insert.child))
         mark = next((m for m in held.marks if isinstance(m.term, Dropout)), None)
         factor = None if mark is None else held.factor(mark)
-        if factor is not None and insert.kind is nn.Dropout:
-            dropout = output.ScheduledDropout(insert.p, factor)
-            owner._modules[name] = dropout.train(owner.training)
+        before = owner._modules[name]
+        reads = isinstance(before, scheduled.ScheduledDropout) and before.factor is factor
+        if before is not None and factor is not None and not reads:
+            dropout = scheduled.made(insert.kind, insert.p, factor)
+            owner._modules[name] = dropout.train(before.training)
 
 
 def _owns_reg_loss(root: nn.Module) -> bool:

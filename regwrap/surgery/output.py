@@ -18,9 +18,9 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from regwrap import record
 from regwrap.errors import PolicyError
-from regwrap.planning.dropouts import rate_of
 from regwrap.record import HOOK, Factor, Mark
 from regwrap.seen import ROUND, SEEN, Round, Seen, Values
+from regwrap.surgery import scheduled
 from regwrap.terms import Dropout, Timed
 
 _RATE = "_regwrap_p"
@@ -132,7 +132,7 @@ def drop_scheduled(module: nn.Module, args: Any, output: Any) -> Any:
     if not module.training:
         return output
     _require_tensor(module, output)
-    return scheduled(output, module.__dict__[_RATE], module.__dict__[_FACTOR])
+    return scheduled.drop(output, module.__dict__[_RATE], module.__dict__[_FACTOR])
 
 
 def drop_input_scheduled(module: nn.Module, args: Any) -> Any:
@@ -140,35 +140,8 @@ def drop_input_scheduled(module: nn.Module, args: Any) -> Any:
     if not module.training:
         return args
     _require_input(module, args)
-    return (scheduled(args[0], module.__dict__[_RATE], module.__dict__[_FACTOR]), *args[1:])
-
-
-class ScheduledDropout(nn.Dropout):
-    """An inserted dropout whose rate a schedule moves."""
-
-    def __init__(self, p: float, factor: Factor) -> None:
-        super().__init__(p)
-        self.factor = factor
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Dropout at the rate times the factor of the moment."""
-        return scheduled(x, self.p, self.factor) if self.training else x
-
-
-def scheduled(x: Tensor, rate: float, factor: Factor) -> Tensor:
-    """Dropout at a rate that moves, without compiling anew for each value."""
-    if torch.compiler.is_compiling():
-        # A float rate is compiled in, anew for each value (and refused at the eighth); F.dropout
-        # takes no tensor. A mask drawn by hand against a tensor is one graph for all rates.
-        return _drawn(x, rate * factor.tensor)
-    return F.dropout(x, rate * factor.value, True)
-
-
-def _drawn(output: Tensor, rate: Tensor) -> Tensor:
-    rate = rate.to(output.device, torch.float32)
-    # float32, since half precision draws numbers in steps of 1/256 (bfloat16)
-    drawn = torch.rand(output.shape, device=output.device, dtype=torch.float32)
-    return output * ((drawn >= rate) / (1 - rate)).to(output.dtype)
+    dropped = scheduled.drop(args[0], module.__dict__[_RATE], module.__dict__[_FACTOR])
+    return (dropped, *args[1:])
 
 
 def drop_input(module: nn.Module, args: Tuple[Tensor]) -> Tuple[Tensor]:  # noqa: UP006
@@ -199,10 +172,7 @@ def drop_input_by_kind(module: nn.Module, args: Any) -> Any:
 
 def _kind_of(module: nn.Module) -> nn.Module:
     kind: nn.Module = module.__dict__[_KIND]
-    factor = module.__dict__.get(_FACTOR)
-    name = rate_of(kind)
-    if factor is not None and name is not None:
-        kind.__dict__[name] = module.__dict__[_RATE] * factor.value
+    scheduled.set_rate(kind, module.__dict__[_RATE], module.__dict__.get(_FACTOR))
     return kind.train(module.training)
 
 

@@ -18,7 +18,8 @@ from torch.nn.utils import parametrize
 
 from regwrap import identity, record, sites
 from regwrap.penalty import RegularizedMixin
-from regwrap.record import HOOK, REDO
+from regwrap.record import HOOK, REDO, Factor
+from regwrap.surgery import scheduled
 from regwrap.terms import L1, DropConnect
 
 _ORDER = sites.ORDER
@@ -32,15 +33,23 @@ class Mask(nn.Module):
 
     regwrap_mask = True  # tells sites that the parameter beneath is the weight
 
-    def __init__(self, p: float) -> None:
+    def __init__(self, p: float, factor: Factor | None = None) -> None:
         super().__init__()
         self.p = p
+        self.factor = factor
 
     def forward(self, w: Tensor) -> Tensor:
         """W * mask / (1 - p)."""
+        if not self.training:
+            return w
         if w.is_complex():  # torch has no complex dropout
-            return w * F.dropout(torch.ones_like(w.real), self.p, self.training)
-        return F.dropout(w, self.p, self.training)
+            return w * self._dropped(torch.ones_like(w.real))
+        return self._dropped(w)
+
+    def _dropped(self, w: Tensor) -> Tensor:
+        if self.factor is None:
+            return F.dropout(w, self.p, True)
+        return scheduled.drop(w, self.p, self.factor)
 
     def right_inverse(self, w: Tensor) -> Tensor:
         """Refused: what functional_call puts back after a call is what it read, a masked weight."""
@@ -72,8 +81,9 @@ class Product(nn.Module):
 
 def sync(module: nn.Module) -> None:
     """Gives the module the parametrizations that its record asks for, touching no others."""
-    marks = [m for m in record.read(module).marks if m.mechanism == "parametrization"]
-    masks = {m.site: m.term.p for m in marks if isinstance(m.term, DropConnect)}
+    held = record.read(module)
+    marks = [m for m in held.marks if m.mechanism == "parametrization"]
+    masks = {m.site: (m.term.p, held.factor(m)) for m in marks if isinstance(m.term, DropConnect)}
     products = [m.site for m in marks if isinstance(m.term, L1)]
     for name in list(sites.parametrized(module)):
         if name not in masks:
@@ -82,8 +92,8 @@ def sync(module: nn.Module) -> None:
             _take_product(module, name)
     for name in products:
         _put_product(module, name)
-    for name, p in masks.items():
-        _put_mask(module, name, p)
+    for name, rate in masks.items():
+        _put_mask(module, name, *rate)
     _tidy(module)
 
 
@@ -95,11 +105,11 @@ def revert(module: nn.Module) -> None:
     _tidy(module)
 
 
-def _put_mask(module: nn.Module, name: str, p: float) -> None:
+def _put_mask(module: nn.Module, name: str, p: float, factor: Factor | None) -> None:
     for mask in filter(sites.is_mask, sites.chain(module, name)):
-        mask.p = p  # type: ignore[assignment]
+        vars(mask).update(p=p, factor=factor)
         return
-    _put(module, name, Mask(p))
+    _put(module, name, Mask(p, factor))
 
 
 def _put_product(module: nn.Module, name: str) -> None:
@@ -371,13 +381,3 @@ def _split(weight: Tensor) -> tuple[Tensor, Tensor]:
 def _only_ours(module: nn.Module) -> Iterator[str]:
     """The names of the tensors that nobody else has parametrized."""
     return (name for name in sites.parametrized(module) if not sites.is_foreign(module, name))
-
-
-def move(module: nn.Module) -> None:
-    """Gives the masks of the module the rate that a schedule has brought them to."""
-    held = record.read(module)
-    for mark in held.marks:
-        factor = held.factor(mark)
-        if factor is not None and isinstance(mark.term, DropConnect):
-            for mask in filter(sites.is_mask, sites.chain(module, mark.site)):
-                mask.__dict__["p"] = mark.term.p * factor.value
