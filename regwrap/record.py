@@ -111,13 +111,15 @@ class Factor:
 
 
 class Carried:
-    """The (site, kind) of what an optimizer's step carries, and `reg_loss` leaves out.
+    """What an optimizer's step carries, and `reg_loss` leaves out, by its site and kind.
 
-    Transient: the copy of a model has no optimizer, so that its penalties are back in the loss.
+    Each with the token of the attachment that carries it: one that was left behind by unregularize
+    is not to act beside a later one. Transient: the copy of a model has no optimizer, so that its
+    penalties are back in the loss.
     """
 
-    def __init__(self, keys: frozenset[tuple[str, tuple[str, ...]]] = frozenset()) -> None:
-        self.keys = keys
+    def __init__(self, by: Mapping[tuple[str, tuple[str, ...]], object] | None = None) -> None:
+        self.by = dict(by or {})
 
     def __deepcopy__(self, memo: object) -> Carried:
         return Carried()
@@ -166,8 +168,8 @@ class Record:
 
     def is_carried(self, mark: Mark) -> bool:
         """Whether an optimizer's step carries the term at its site."""
-        keys = self.carried.keys
-        return bool(keys) and (mark.site, mark.term.family) in keys
+        by = self.carried.by
+        return bool(by) and (mark.site, mark.term.family) in by
 
     def factor(self, mark: Mark) -> Factor | None:
         """What a schedule multiplies the term by; None where none does."""

@@ -28,7 +28,7 @@ def _without_autocast(w: Tensor) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def _number(owner: str, name: str, value: object, *, below: float = math.inf) -> float:
+def number(owner: str, name: str, value: object, *, below: float = math.inf) -> float:
     """`value` as a float in [0, below), or an error that shows the value."""
     wanted = "a finite number >= 0" if below == math.inf else f"a number in [0, {below:g})"
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
@@ -36,12 +36,12 @@ def _number(owner: str, name: str, value: object, *, below: float = math.inf) ->
             f"{owner}: {name} must be {wanted}, not {brief(value)} of type {type(value).__name__}."
         )
     try:
-        number = float(value)
+        found = float(value)
     except OverflowError:  # an integer beyond what a float holds
-        number = math.inf
-    if not 0 <= number < below:  # NaN and inf fail this too
+        found = math.inf
+    if not 0 <= found < below:  # NaN and inf fail this too
         raise ValueError(f"{owner}: {name} must be {wanted}, not {brief(value)}.")
-    return number
+    return found
 
 
 def _integer(owner: str, name: str, value: object, *, least: int | None = None) -> int:
@@ -186,7 +186,7 @@ class WeightTerm(_Strong):
 
     def __post_init__(self) -> None:
         name = type(self).__name__
-        object.__setattr__(self, "strength", _number(name, "strength", self.strength))
+        object.__setattr__(self, "strength", number(name, "strength", self.strength))
         object.__setattr__(self, "on", _on(name, self.on, self.refused_on))
 
     def value(self, w: Tensor, reference: Tensor | None = None) -> Tensor:
@@ -334,8 +334,8 @@ def ElasticNet(
 
     Source: Zou and Hastie (2005); `sklearn.linear_model.ElasticNet`.
     """
-    strength = _number("ElasticNet", "strength", strength)
-    ratio = _number("ElasticNet", "l1_ratio", l1_ratio)
+    strength = number("ElasticNet", "strength", strength)
+    ratio = number("ElasticNet", "l1_ratio", l1_ratio)
     if ratio > 1:
         raise ValueError(f"ElasticNet: l1_ratio must be a number in [0, 1], not {l1_ratio!r}.")
     return (
@@ -604,7 +604,7 @@ class WeightDecay(Term):
     scheduled: ClassVar[str | None] = "rate"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rate", _number("WeightDecay", "rate", self.rate))
+        object.__setattr__(self, "rate", number("WeightDecay", "rate", self.rate))
         object.__setattr__(self, "on", _on("WeightDecay", self.on, ("output",)))
 
     def decay_(self, ws: list[Tensor], lr: float) -> None:
@@ -638,7 +638,7 @@ class MaxNorm(Term):
     in_step: ClassVar[str | None] = "projection"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "limit", _number("MaxNorm", "limit", self.limit))
+        object.__setattr__(self, "limit", number("MaxNorm", "limit", self.limit))
         object.__setattr__(self, "dim", _integer("MaxNorm", "dim", self.dim))
         object.__setattr__(self, "on", _on("MaxNorm", self.on, ("all", "output")))
 
@@ -668,7 +668,7 @@ class DropConnect(Term):
     on: str | tuple[str, ...] = field(default="weight", kw_only=True)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "p", _number("DropConnect", "p", self.p, below=1))
+        object.__setattr__(self, "p", number("DropConnect", "p", self.p, below=1))
         object.__setattr__(self, "on", _on("DropConnect", self.on, ("all", "output")))
 
 
@@ -698,4 +698,4 @@ class Dropout(Term):
         _choice("Dropout", "at", self.at, ("output", "activation", "input"))
         if not (isinstance(self.kind, type) and issubclass(self.kind, nn.Module)):
             raise TypeError(f"Dropout: kind must be a class of nn.Module, not {brief(self.kind)}.")
-        object.__setattr__(self, "p", _number("Dropout", "p", self.p, below=1))
+        object.__setattr__(self, "p", number("Dropout", "p", self.p, below=1))

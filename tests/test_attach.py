@@ -448,8 +448,47 @@ def test_unregularize_ends_what_is_attached() -> None:
     before = copy.deepcopy(model)
     one_step(model, optimizer)
     assert same_bits(model, before)
+    assert attachment.finalize(10) == {}
+    assert same_bits(model, before)
     attachment.remove()
     assert "_regwrap" not in model.a.__dict__
+
+
+def test_regularized_again_the_penalties_are_in_the_loss_and_not_in_the_step_too() -> None:
+    model = rw.regularize(net(), L1(1.0) + L2(0.1))
+    first = SGD(model.parameters(), lr=0.01)
+    left_behind = rw.attach(model, first)
+    rw.unregularize(model)
+    rw.regularize(model, L1(1.0) + L2(0.1))
+    before = copy.deepcopy(model)
+    one_step(model, first)
+    assert same_bits(model, before)
+    assert rw.reg_loss(model) > 0
+    assert repr(left_behind) == "Attachment(SGD: nothing)"
+
+    second = SGD(model.parameters(), lr=0.01)
+    rw.attach(model, second)
+    one_step(model, first)
+    assert same_bits(model, before)
+    left_behind.remove()
+    assert rw.reg_loss(model) == 0
+    one_step(model, second)
+    assert not same_bits(model, before)
+
+
+def test_a_penalty_that_is_cleared_and_comes_back_is_carried_again() -> None:
+    model = rw.regularize(net(), L1(1.0))
+    optimizer = SGD(model.parameters(), lr=0.01)
+    attachment = rw.attach(model, optimizer)
+    rw.regularize(model, {"": None})
+    before = copy.deepcopy(model)
+    one_step(model, optimizer)
+    assert same_bits(model, before)
+    assert attachment.finalize(10) == {}
+    rw.regularize(model, L1(1.0))
+    assert rw.reg_loss(model) == 0
+    one_step(model, optimizer)
+    assert not same_bits(model, before)
 
 
 def test_groups_added_and_states_loaded_later() -> None:
@@ -1045,8 +1084,12 @@ def test_finalize_and_sparsity() -> None:
     assert attachment.finalize() == {"a.weight": 2}
     assert attachment.finalize(tolerance=1e-2) == {"a.weight": 3}
     assert rw.sparsity(model) == {"a.weight": 3 / 48, "b.weight": 1 / 24}
-    with pytest.raises(ValueError, match="finalize: tolerance must be a number >= 0, not -1"):
-        attachment.finalize(-1)
+    for bad in (-1, math.nan, math.inf):
+        with pytest.raises(ValueError, match="finalize: tolerance must be a finite number >= 0, n"):
+            attachment.finalize(bad)
+    for worse in ("1e-6", True):
+        with pytest.raises(TypeError, match="finalize: tolerance must be a finite number >= 0, no"):
+            attachment.finalize(worse)
 
 
 def test_two_optimizers_for_two_parts() -> None:

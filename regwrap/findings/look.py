@@ -73,7 +73,7 @@ class Look:
     def is_carried(self, entry: Entry) -> bool:
         """Whether `attach` has taken the entry over."""
         carried = getattr(record.read(self.module(entry)), "carried", None)
-        return carried is not None and _mark(entry) in carried.keys
+        return carried is not None and _mark(entry) in carried.by
 
     def in_loss(self, *kinds: type[WeightTerm]) -> list[Entry]:
         """Entries of these kinds on parameters that act through `reg_loss`, with a strength."""

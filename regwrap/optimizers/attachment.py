@@ -21,7 +21,7 @@ from regwrap.optimizers import carriers, metrics, sharded
 from regwrap.optimizers.claims import Claim, Key, claims
 from regwrap.optimizers.plan import Batch, Plan
 from regwrap.record import Carried
-from regwrap.terms import L1, GroupLasso
+from regwrap.terms import L1, GroupLasso, number
 
 
 def attach(model: nn.Module, optimizer: Optimizer) -> Attachment:
@@ -79,6 +79,7 @@ class Attachment:
 
     def __init__(self, root: nn.Module, optimizer: Optimizer, found: list[Claim]) -> None:
         self._root = root
+        self._token = object()
         self._optimizer: Optimizer | None = optimizer
         self._claims = found
         self._plan: Plan | None = None
@@ -89,14 +90,14 @@ class Attachment:
             optimizer.register_step_pre_hook(self._pre),
             optimizer.register_step_post_hook(self._post),
         ]
-        _mark(found)
+        _mark(found, self._token)
         # Where nobody keeps the attachment, an optimizer that is gone carries nothing.
         marked = [(weakref.ref(module), keys) for module, keys in _keys(found)]
-        self._release = weakref.finalize(optimizer, _unmark, marked)
+        self._release = weakref.finalize(optimizer, _unmark, marked, self._token)
         self._release.atexit = False
 
     def __repr__(self) -> str:
-        kinds = [claim.family[0] for claim in self._claims]
+        kinds = [claim.family[0] for claim in self._acting()]
         told = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
         name = "removed" if self._optimizer is None else type(self._optimizer).__name__
         return f"Attachment({name}: {told or 'nothing'})"
@@ -127,15 +128,18 @@ class Attachment:
         Returns:
             How many exact zeros each of those sites then has.
         """
-        if not tolerance >= 0:
-            raise ValueError(f"finalize: tolerance must be a number >= 0, not {tolerance!r}.")
-        sparse = {c.path: c for c in self._claims if _is_sparse(c)}
+        number("finalize", "tolerance", tolerance)
+        sparse = {c.path: c for c in self._acting() if _is_sparse(c)}
         weights = {path: w for path, c in sparse.items() if (w := c.parameter()) is not None}
         for w in weights.values():
             part = sharded.local(w)
             part.masked_fill_(part.abs() <= tolerance, 0)
         named = _by_first_name(self._root, weights)
         return {path: int((sharded.whole(w) == 0).sum()) for path, w in named.items()}
+
+    def _acting(self) -> list[Claim]:
+        """The claims that it carries still: unregularize and None take them from it."""
+        return [c for c in self._claims if c.mark() is not None and _holder(c) is self._token]
 
     def _pre(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         """Before the step; a closure, which computes the gradients inside it, is wrapped."""
@@ -198,7 +202,7 @@ class Attachment:
 
     def _current_plan(self, optimizer: Optimizer) -> Plan:
         if self._plan is None or not self._plan.is_current(optimizer):
-            self._plan = Plan(self._claims, optimizer)
+            self._plan = Plan(self._acting(), optimizer)
         return self._plan
 
 
@@ -206,7 +210,13 @@ def _detached() -> Attachment:
     """What stands for an attachment in a copy: it carries nothing."""
     copied = Attachment.__new__(Attachment)
     copied.__dict__.update(
-        _root=nn.Module(), _claims=[], _optimizer=None, _handles=[], _swapped=[], _release=None
+        _root=nn.Module(),
+        _token=object(),
+        _claims=[],
+        _optimizer=None,
+        _handles=[],
+        _swapped=[],
+        _release=None,
     )
     return copied
 
@@ -229,20 +239,26 @@ def _is_sparse(claim: Claim) -> bool:
     return claim.family[0] in (L1.__name__, GroupLasso.__name__)
 
 
-def _mark(found: Iterable[Claim]) -> None:
+def _holder(claim: Claim) -> object:
+    """The token of the attachment that carries the claim now."""
+    return record.read(claim.module).carried.by.get(claim.key)
+
+
+def _mark(found: Iterable[Claim], token: object) -> None:
     for module, keys in _keys(found):
         held = record.read(module)
-        carried = Carried(held.carried.keys | keys)
+        carried = Carried({**held.carried.by, **dict.fromkeys(keys, token)})
         record.write(module, dataclasses.replace(held, carried=carried))
 
 
-def _unmark(marked: list[tuple[weakref.ref[nn.Module], frozenset[Key]]]) -> None:
+def _unmark(marked: list[tuple[weakref.ref[nn.Module], frozenset[Key]]], token: object) -> None:
     for ref, keys in marked:
         module = ref()
         held = record.EMPTY if module is None else record.read(module)
-        if module is not None and held:
-            carried = Carried(held.carried.keys - keys)
-            record.write(module, dataclasses.replace(held, carried=carried))
+        by = held.carried.by
+        if module is not None and any(by.get(key) is token for key in keys):
+            left = {key: holder for key, holder in by.items() if holder is not token}
+            record.write(module, dataclasses.replace(held, carried=Carried(left)))
 
 
 def _keys(found: Iterable[Claim]) -> Iterator[tuple[nn.Module, frozenset[Key]]]:

@@ -112,10 +112,10 @@ def _check(claim: Claim, held: Held, optimizer: Optimizer) -> None:
 
 
 def _is_carried(claim: Claim) -> bool:
-    if claim.key not in record.read(claim.module).carried.keys:
+    if claim.key not in record.read(claim.module).carried.by:
         return False
     gc.collect()  # an optimizer that nobody has any more may lie in a cycle still
-    return claim.key in record.read(claim.module).carried.keys
+    return claim.key in record.read(claim.module).carried.by
 
 
 def _is_idle(claim: Claim, held: Held, optimizer: Optimizer) -> bool:
