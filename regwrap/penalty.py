@@ -189,8 +189,8 @@ def _unnamed(root: nn.Module, modules: list[nn.Module]) -> Iterator[Live]:
 
 def _live(modules: Iterable[tuple[str, nn.Module]], *, attached: bool = False) -> list[Live]:
     """Every weight term in force, once for a tensor that has several names."""
-    seen: dict[tuple[object, ...], int] = {}
-    found: list[tuple[Live, int]] = []
+    found: dict[tuple[object, ...], tuple[Live, int]] = {}
+    carried: set[tuple[object, ...]] = set()
     now = Read()
     for path, module in modules:
         held = record.read(module)
@@ -201,19 +201,18 @@ def _live(modules: Iterable[tuple[str, nn.Module]], *, attached: bool = False) -
             if not isinstance(mark.term, WeightTerm):
                 continue
             if held.is_carried(mark) and not attached:
+                # by whatever name: a step acts on the tensor
+                carried.add((id(sites.plain(module, mark.site)), mark.term.family))
                 continue
             live = _look(path, module, mark, held)
             if live is None:
                 continue
             key = (live.source, mark.term.family)
-            before = seen.get(key)
-            if before is None:
-                seen[key] = len(found)
-                found.append((live, mark.rule.order))
-            elif (mark.rule.order, live.counts) >= (found[before][1], found[before][0].counts):
+            before = found.get(key)
+            if before is None or (mark.rule.order, live.counts) >= (before[1], before[0].counts):
                 # tied since: the later rule holds; of one rule, what was called
-                found[before] = (live, mark.rule.order)
-    return _agreed([live for live, _ in found])
+                found[key] = (live, mark.rule.order)
+    return _agreed([live for key, (live, _) in found.items() if key not in carried])
 
 
 def _agreed(lives: list[Live]) -> list[Live]:

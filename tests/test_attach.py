@@ -697,6 +697,21 @@ def test_tied_weights_pay_once() -> None:
     assert list(attachment.finalize()) == ["e.weight"] == list(rw.sparsity(model))
 
 
+def test_a_tied_weight_attached_by_a_part_is_in_no_loss() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
+            self.head.weight = self.embed.weight
+
+    for part in ("embed", "head"):
+        model = rw.regularize(Tied(), L2(0.1))
+        rw.attach(model.get_submodule(part), SGD(model.parameters(), lr=0.1))
+        assert rw.reg_loss(model) == 0
+        assert rw.penalties(model) == {}
+        assert list(rw.penalties(model, attached=True)) == ["embed.weight"]
+
+
 def test_tied_by_hand_after_regularize_the_later_rule_holds() -> None:
     model = nn.ModuleDict({"e": nn.Embedding(5, 4), "h": nn.Linear(4, 5, bias=False)})
     rw.regularize(model, {"e": L1(1.0), "h": L1(3.0)})

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 import regwrap as rw
 from regwrap import L1, L2, WeightDecay
@@ -168,7 +168,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "lstm": lambda: nn.LSTM(2, 3, 2),
     "attention": lambda: nn.TransformerEncoderLayer(4, 2),
     "parametrized": lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(2, 2))),
-    "pruned": lambda: nn.utils.prune.random_unstructured(nn.Linear(2, 2), "weight", 1),
+    "pruned": lambda: prune.random_unstructured(nn.Linear(2, 2), "weight", 1),
     "root": lambda: rw.regularize(nn.Linear(2, 2), WeightDecay(0.1)),
     "shared": lambda: nn.ModuleList([nn.Linear(2, 2)] * 3),
     "complex": lambda: nn.Linear(2, 2, dtype=torch.complex64),

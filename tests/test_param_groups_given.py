@@ -217,9 +217,27 @@ def test_the_users_groups_are_not_written_to() -> None:
             r"param_groups: group 0 must have parameters or \(name, parameter\) pairs in 'params', "
             r"not 'a'\.",
         ),
+        (
+            lambda m: [{"params": [m.a.weight]}, {"params": [m.b.weight], "weight_decay": -1}],
+            ValueError,
+            r"param_groups: group 1: weight_decay must be a finite number >= 0, not -1\.",
+        ),
     ],
 )
 def test_bad_groups(groups: Any, error: type[Exception], message: str) -> None:
     model = net()
     with pytest.raises(error, match=message):
         rw.param_groups(model, groups=groups(model))
+
+
+def test_bad_arguments() -> None:
+    """torch.optim checks its own weight_decay, and not those of groups."""
+    model = net()
+    for bad in (-0.1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="param_groups: weight_decay must be a finite number"):
+            rw.param_groups(model, weight_decay=bad)
+    for worse in ("0.1", True):
+        with pytest.raises(TypeError, match="param_groups: weight_decay must be a finite number"):
+            rw.param_groups(model, weight_decay=worse)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"params are the model's own; write groups=\[\{'params'"):
+        rw.param_groups(model, params=[model.a.weight])

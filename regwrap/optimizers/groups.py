@@ -8,9 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from regwrap import record, sites
+from regwrap.errors import brief
 from regwrap.penalty import settled
 from regwrap.record import Mark
-from regwrap.terms import WeightDecay
+from regwrap.terms import WeightDecay, number
 
 
 def param_groups(
@@ -37,10 +38,17 @@ def param_groups(
         **defaults: further keys of every group, such as `lr`; a group's own come first.
 
     Raises:
-        TypeError: for groups of another form.
-        ValueError: for a parameter in two groups, or one that is not the model's.
+        TypeError, ValueError: for groups of another form, a weight_decay that is no number >= 0, a
+            parameter in two groups or one that is not the model's.
     """
     root = settled(model)
+    if "params" in defaults:
+        raise TypeError(
+            "param_groups: params are the model's own; write groups=[{'params': ...}] to choose "
+            "among them."
+        )
+    if weight_decay is not None:
+        number("param_groups", "weight_decay", weight_decay)
     rates = _rates(root)
     spared = _spared(root)
     order = {id(p): i for i, p in enumerate(root.parameters())}
@@ -68,7 +76,7 @@ def _given(root: nn.Module, groups: object, order: dict[int, int]) -> list[dict[
     if groups is None:
         return [{"params": list(root.parameters())}]
     if not isinstance(groups, Iterable) or isinstance(groups, Mapping):
-        raise TypeError(f"param_groups: groups must be a list of dicts, not {groups!r}.")
+        raise TypeError(f"param_groups: groups must be a list of dicts, not {brief(groups)}.")
     copied = [_copied(i, group) for i, group in enumerate(groups)]
     seen: dict[int, int] = {}
     for i, group in enumerate(copied):
@@ -92,15 +100,17 @@ def _copied(index: int, group: object) -> dict[str, Any]:
     if not isinstance(group, Mapping) or "params" not in group:
         raise TypeError(
             f"param_groups: group {index} must be a dict with 'params', as torch.optim takes it, "
-            f"not {group!r}."
+            f"not {brief(group)}."
         )
+    if group.get("weight_decay") is not None:
+        number(f"param_groups: group {index}", "weight_decay", group["weight_decay"])
     params = group["params"]
     members = [params] if isinstance(params, Tensor) else list(params)
     for member in members:
         if not isinstance(_tensor(member), Tensor):
             raise TypeError(
                 f"param_groups: group {index} must have parameters or (name, parameter) pairs in "
-                f"'params', not {member!r}."
+                f"'params', not {brief(member)}."
             )
     return {**group, "params": members}
 
