@@ -1,11 +1,12 @@
 """What a training step grows by, relative to what the textbook penalty in the loss adds.
 
-    python tests/benchmarks/step.py [--repeats 15] [--threads 1]
+    python tests/benchmarks/step.py [--repeats 15] [--threads 1] [--sizes 1M 10M ...]
 
 A step here is: fresh data gradients, `optimizer.step()`. The textbook adds
 `sum(s * p.abs().sum())` or `sum(s / 2 * p.pow(2).sum())`, its backward included, between the two;
-`attach` adds its work to the step; the optimizer's own `weight_decay` stands beside. All are timed
-in turn in one process, by processor time, and the figure is the median over turns of what is added.
+`attach` adds its work to the step; the optimizer's own `weight_decay` stands beside an L2. All are
+timed in turn in one process, by processor time, and what is added is the median over turns of the
+difference to the plain step of the same turn. `attach / textbook` is what is bounded by `limit`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
 from torch import nn
 from torch.optim import SGD, AdamW
 
@@ -101,33 +104,60 @@ def steps(name: str, term: str, shapes: list[tuple[int, ...]]) -> dict[str, Call
     return made
 
 
-def measure(name: str, term: str, size: str, repeats: int) -> tuple[float, float, float]:
-    """Milliseconds that the textbook adds, and the ratios of attach and of the own decay to it."""
+def measure(name: str, term: str, size: str, repeats: int) -> dict[str, float]:
+    """Milliseconds of the plain step, and what each of the others adds to it."""
     runs = steps(name, term, SIZES[size])
     for run in runs.values():
         run(), run()
     turns = [{what: run() for what, run in runs.items()} for _ in range(repeats)]
-    added = {w: statistics.median(t[w] - t["plain"] for t in turns) for w in runs}
-    return added["textbook"] * 1e3, *(added[w] / added["textbook"] for w in ("attach", "own"))
+    added = {w: statistics.median(t[w] - t["plain"] for t in turns) for w in runs if w != "plain"}
+    plain = statistics.median(turn["plain"] for turn in turns)
+    return {what: seconds * 1e3 for what, seconds in {"plain": plain, **added}.items()}
+
+
+def row(term: str, found: dict[str, float], limit: float) -> list[str]:
+    ratio = found["attach"] / found["textbook"]
+    own = found["own"] / found["textbook"]
+    grows = [
+        f"{found[what]:.2f} (+{100 * found[what] / found['plain']:.0f}%)"
+        for what in ("textbook", "attach")
+    ]
+    verdict = "yes" if ratio <= limit else "NO"
+    decay = f"{own:.2f}" if term == "L2" else ""
+    return [f"{found['plain']:.2f}", *grows, f"{ratio:.2f}", f"{limit:.1f}", verdict, decay]
+
+
+HEADS = (
+    "plain step\nms",
+    "textbook adds\nms",
+    "attach adds\nms",
+    "attach /\ntextbook",
+    "limit",
+    "within",
+    "own weight_decay /\ntextbook",
+)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--sizes", nargs="*", default=[""], help="beginnings, such as 1M")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    print(f"{'':24}{'':10}textbook adds   attach   limit   own weight_decay")
+    table = Table(title=f"what a step grows by, median of {args.repeats}, {args.threads} thread(s)")
+    for head in ("optimizer", "term", "parameters"):
+        table.add_column(head)
+    for head in HEADS:
+        table.add_column(head, justify="right")
     for name, limits in LIMITS.items():
         for term, bounds in limits.items():
             for size, bound in zip(SIZES, bounds, strict=True):
-                textbook, ours, own = measure(name, term, size, args.repeats)
-                decay = f"{own:10.2f}" if term == "L2" else ""
-                print(
-                    f"{name + ', ' + term:12}{size:22}{textbook:10.1f} ms{ours:10.2f}{bound:8.1f}"
-                    f"{decay}",
-                    flush=True,
-                )
+                if size.startswith(tuple(args.sizes)):
+                    found = measure(name, term, size, args.repeats)
+                    table.add_row(name, term, size, *row(term, found, bound))
+            table.add_section()
+    Console(width=160).print(table)
 
 
 if __name__ == "__main__":
