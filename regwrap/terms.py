@@ -667,6 +667,8 @@ class DropConnect(Term):
     p: float
     on: str | tuple[str, ...] = field(default="weight", kw_only=True)
 
+    scheduled: ClassVar[str | None] = "p"
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "p", number("DropConnect", "p", self.p, below=1))
         object.__setattr__(self, "on", _on("DropConnect", self.on, ("all", "output")))

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import differences, fingerprint
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
@@ -573,6 +574,19 @@ def test_a_negative_strength_raises_and_changes_nothing() -> None:
     with pytest.raises(ValueError, match=r"factor\(0\) = -1 does not fit L2\(0\.1\)"):
         StrengthScheduler(model, lambda step: -1)
     assert rw.policy(model).rows()[0]["note"] == ""
+
+
+@every_drop
+def test_a_rate_outside_zero_one_is_refused_and_leaves_the_model_alone(
+    make: Any, rules: Any, how: str
+) -> None:
+    model = rw.regularize(make(), rules)
+    before = fingerprint(model)
+    for factor in (3, -1):
+        with pytest.raises(ValueError, match=rf"factor\(0\) = {factor} does not fit Drop"):
+            StrengthScheduler(model, lambda step, factor=factor: factor)
+    assert differences(before, fingerprint(model)) == []
+    assert all("scheduled" not in row["note"] for row in rw.policy(model).rows())
 
 
 @pytest.mark.parametrize(
