@@ -318,6 +318,17 @@ def test_every_dropout_moves_and_is_saved_with_the_step(make: Any, rules: Any, h
 
 
 @every_drop
+def test_verify_and_mc_dropout_take_every_scheduled_dropout(
+    make: Any, rules: Any, how: str
+) -> None:
+    model = rw.regularize(make(), {"own": Dropout(0), **rules})
+    StrengthScheduler(model, lambda step: 0.5)
+    report = rw.verify(model, torch.ones(4, 6))
+    assert report.ok, [check for check in report.checks if not check.ok]
+    assert rw.mc_predict(model, torch.ones(4, 6), n=3, task="regression").std.mean() > 0
+
+
+@every_drop
 def test_a_later_rule_leaves_every_dropout_scheduled(make: Any, rules: Any, how: str) -> None:
     model = rw.regularize(make(), {"own": Dropout(0), **rules})
     scheduler = StrengthScheduler(model, lambda step: 0.5 + step / 10, where="b")
