@@ -236,14 +236,6 @@ def test_a_compiled_scheduled_dropout_drops_and_scales(fresh_dynamo: None) -> No
             scheduler.step()
 
 
-def test_scheduling_after_something_was_compiled_takes_effect(fresh_dynamo: None) -> None:
-    model = rw.regularize(Wide(), {"fc": Dropout(0.4)})
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    assert zeros(model, compiled) == pytest.approx(0.4, abs=0.02)
-    StrengthScheduler(model, lambda step: 0)
-    assert zeros(model, compiled) == 0
-
-
 class Chain(nn.Module):
     """A body that can be written anew, with a dropout of its own."""
 
@@ -454,6 +446,28 @@ def test_a_models_own_dropout_compiles_anew_at_every_value(fresh_dynamo: None) -
         compiled(torch.randn(16, 6))
         scheduler.step()
     assert frames.frame_count == 4
+
+
+@every_drop
+def test_scheduling_after_something_was_compiled_takes_effect(
+    make: Any, rules: Any, how: str, fresh_dynamo: None
+) -> None:
+    model = rw.regularize(make(), {"own": Dropout(0), **rules})
+    read = (lambda: model.b.weight * 1) if how == "parametrization" else None
+    run = torch.compile(read or model, backend="aot_eager", fullgraph=True)
+
+    def share() -> float:
+        torch.manual_seed(0)
+        out = run() if read else run(torch.ones(200, 6))
+        return (out == 0).float().mean().item()
+
+    assert share() == pytest.approx(0.4, abs=0.02)
+    scheduler = StrengthScheduler(model, lambda step: 0.5 * step, where="b")
+    for factor in (0, 0.5, 1):
+        assert share() == pytest.approx(0.4 * factor, abs=0.02)
+        scheduler.step()
+    StrengthScheduler(model, lambda step: 0, where="b")
+    assert share() == 0
 
 
 def test_a_compiled_mask_of_the_weight_moves(fresh_dynamo: None) -> None:

@@ -46,7 +46,9 @@ def sync(module: nn.Module) -> bool:
 
 
 def _keys(module: nn.Module) -> set[object]:
-    return {*module._forward_hooks.items(), *module._forward_pre_hooks.items()}
+    """What compiled code has taken in and does not look at again."""
+    hooks = {*module._forward_hooks.items(), *module._forward_pre_hooks.items()}
+    return {*hooks, module.__dict__.get(_FACTOR)}
 
 
 def _sync_dropout(module: nn.Module, mark: Mark | None) -> None:
