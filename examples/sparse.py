@@ -106,7 +106,10 @@ def in_loss(name: str, alpha: float, data: Any, steps: int) -> Result:
 def attached(name: str, alpha: float, data: Any, steps: int) -> Result:
     model = rw.regularize(layer(), L1(alpha))
     optimizer = MAKERS[name](model.parameters())
-    rw.attach(model, optimizer)
+    with warnings.catch_warnings():
+        # what it warns of is in the table: RMSprop's metric is not known
+        warnings.simplefilter("ignore", rw.RegwrapWarning)
+        rw.attach(model, optimizer)
     return train("attach", name, model, optimizer, data, steps)
 
 

@@ -48,7 +48,7 @@ def penalties(model: nn.Module, *, attached: bool = False) -> dict[str, Tensor]:
         attached: lists what an optimizer carries too (`attach`), which `reg_loss` leaves out.
     """
     root = settled(model)
-    first = _first_names(root)
+    first = first_names(root)
     found: dict[str, Tensor] = {}
     for live in _live(root.named_modules(), attached=attached):
         path = live.path if live.tensor is None else first.get(id(live.tensor), live.path)
@@ -57,7 +57,7 @@ def penalties(model: nn.Module, *, attached: bool = False) -> dict[str, Tensor]:
     return found
 
 
-def _first_names(root: nn.Module) -> dict[int, str]:
+def first_names(root: nn.Module) -> dict[int, str]:
     """The path of every parameter, of a tied one its first; not what is inside parametrizations."""
     names: dict[int, str] = {}
     for node in sites.nodes(root):
@@ -110,7 +110,7 @@ def _whole(value: Tensor) -> Tensor:
 
 def weights(root: nn.Module) -> dict[str, Tensor]:
     """Every weight that a penalty acts on, in the loss or in a step, keyed as in `penalties`."""
-    first = _first_names(root)
+    first = first_names(root)
     every = _live(root.named_modules(), attached=True)
     return {
         first.get(id(live.tensor), live.path): live.tensor

@@ -18,7 +18,18 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW
 
 import regwrap as rw
-from regwrap import L1, L2, L2SP, Dropout, GroupLasso, MaxNorm, Orthogonal, WeightDecay, proximal
+from regwrap import (
+    L1,
+    L2,
+    L2SP,
+    DropConnect,
+    Dropout,
+    GroupLasso,
+    MaxNorm,
+    Orthogonal,
+    WeightDecay,
+    proximal,
+)
 from regwrap.proximal import Metric
 
 torch.set_num_threads(1)
@@ -996,6 +1007,20 @@ def test_a_parametrized_weight_is_refused() -> None:
     rw.regularize(model, L1(0.1))
     message = "L1(0.1) on 'a.weight' acts on a parametrized weight, which no step of SGD can move"
     refused(model, SGD(model.parameters(), lr=0.1), message)
+
+
+@pytest.mark.parametrize("make", [lambda p: SGD(p, lr=0.1), lambda p: Adam(p, lr=0.1)])
+def test_a_weight_under_dropconnect_is_attached(make: Make) -> None:
+    model = rw.regularize(net(), {"a": [DropConnect(0.2), L1(0.5), L2(0.1), MaxNorm(1.0)]})
+    optimizer = make(model.parameters())
+    attachment = rw.attach(model, optimizer)
+    assert rw.reg_loss(model) == 0
+    train(model, optimizer, 30)
+    zeros = attachment.finalize()
+    assert list(zeros) == list(rw.penalties(model, attached=True)) == ["a.weight"]
+    assert zeros["a.weight"] > 24
+    rw.unregularize(model)
+    assert (model.a.weight == 0).sum() == zeros["a.weight"]
 
 
 def test_a_lazy_weight_is_refused() -> None:

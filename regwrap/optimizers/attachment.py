@@ -134,7 +134,8 @@ class Attachment:
         for w in weights.values():
             part = sharded.local(w)
             part.masked_fill_(part.abs() <= tolerance, 0)
-        named = _by_first_name(self._root, weights)
+        first = penalty.first_names(self._root)
+        named = {first.get(id(w), path): w for path, w in weights.items()}
         return {path: int((sharded.whole(w) == 0).sum()) for path, w in named.items()}
 
     def _acting(self) -> list[Claim]:
@@ -266,12 +267,6 @@ def _keys(found: Iterable[Claim]) -> Iterator[tuple[nn.Module, frozenset[Key]]]:
     for claim in found:
         by_module.setdefault(id(claim.module), (claim.module, set()))[1].add(claim.key)
     return ((module, frozenset(keys)) for module, keys in by_module.values())
-
-
-def _by_first_name(root: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Of a tied weight only its first name."""
-    first = {id(p): name for name, p in root.named_parameters()}
-    return {first.get(id(w), path): w for path, w in weights.items()}
 
 
 @torch.no_grad()

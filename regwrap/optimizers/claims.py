@@ -41,8 +41,8 @@ class Claim:
         return next(marks, None)
 
     def parameter(self) -> Tensor | None:
-        """The live parameter."""
-        return sites.own(self.module, self.site)
+        """The live parameter, also beneath a DropConnect."""
+        return sites.plain(self.module, self.site)
 
 
 def claims(root: nn.Module, optimizer: Optimizer) -> list[Claim]:
