@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import io
@@ -659,6 +660,25 @@ def test_a_step_that_raised_leaves_nothing_behind() -> None:
     assert torch.equal(model.a.weight.grad, grad)
     expected = soft(before - 0.1 * (grad + 0.1 * before), 0.1 * 0.01)
     assert torch.allclose(model.a.weight.double(), expected, atol=1e-7)
+
+
+@pytest.mark.parametrize("set_to_none", [False, True])
+def test_after_a_step_that_raised_new_gradients_stand(set_to_none: bool) -> None:
+    def trained(model: nn.Module, optimizer: Flaky) -> nn.Module:
+        for i in range(4):
+            optimizer.zero_grad(set_to_none=set_to_none)
+            data_loss(model, i).backward()
+            optimizer.fails = i == 1
+            with contextlib.suppress(RuntimeError):
+                optimizer.step()
+        return model
+
+    ours = rw.regularize(net(), L2(0.1, on="all"))
+    optimizer = Flaky(ours.parameters(), lr=0.1)
+    rw.attach(ours, optimizer)
+    plain = net()
+    trained(plain, Flaky(plain.parameters(), lr=0.1, weight_decay=0.1))
+    assert same_bits(trained(ours, optimizer), plain)
 
 
 @pytest.mark.parametrize("keyword", [False, True])

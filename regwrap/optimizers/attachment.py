@@ -19,7 +19,7 @@ from regwrap import penalty, record
 from regwrap.errors import RegwrapWarning
 from regwrap.optimizers import carriers, metrics, sharded
 from regwrap.optimizers.claims import Claim, Key, claims
-from regwrap.optimizers.plan import Batch, Plan
+from regwrap.optimizers.plan import Batch, Plan, Swap
 from regwrap.record import Carried
 from regwrap.terms import L1, GroupLasso, number
 
@@ -83,7 +83,7 @@ class Attachment:
         self._optimizer: Optimizer | None = optimizer
         self._claims = found
         self._plan: Plan | None = None
-        self._swapped: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._swapped: list[Swap] = []
         self._moving: list[tuple[Batch, list[Tensor]]] = []
         self._outer: FrameType | None = None
         self._handles = [
@@ -110,7 +110,7 @@ class Attachment:
 
     def remove(self) -> None:
         """Gives the penalties back to `reg_loss`; the optimizer steps as if never attached."""
-        self._restore()
+        self._restore_what_raised()
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -146,7 +146,7 @@ class Attachment:
         """Before the step; a closure, which computes the gradients inside it, is wrapped."""
         if self._outer is not None and _is_running(self._outer):
             return None  # a subclass's step that calls super().step(): once is enough
-        self._restore()  # of a step that raised
+        self._restore_what_raised()
         self._outer = sys._getframe(1)
         closure = kwargs.get("closure") if len(args) < 2 else args[1]
         if closure is None:
@@ -195,11 +195,15 @@ class Attachment:
         self._moving = [(batch, batch.moving()) for batch in plan.following]
 
     def _restore(self) -> None:
-        """Puts the data gradients back, save where the step has dropped them."""
-        for w, before, swapped in reversed(self._swapped):
-            if w.grad is swapped:
-                w.grad = before
+        """Puts the data gradients back."""
+        for swap in reversed(self._swapped):
+            swap.back()
         self._swapped = []
+
+    def _restore_what_raised(self) -> None:
+        """The same after a step that raised, save where a gradient has been computed since."""
+        self._swapped = [swap for swap in self._swapped if swap.is_untouched]
+        self._restore()
 
     def _current_plan(self, optimizer: Optimizer) -> Plan:
         if self._plan is None or not self._plan.is_current(optimizer):

@@ -19,7 +19,26 @@ from regwrap.proximal import Metric
 from regwrap.record import Factor, Mark, Reference
 from regwrap.terms import MaxNorm, Term, WeightDecay, WeightTerm
 
-Swap = tuple[Tensor, Tensor, Tensor]
+
+@dataclass(frozen=True, eq=False)
+class Swap:
+    """A parameter whose gradient is another one for the time of a step."""
+
+    w: Tensor
+    before: Tensor
+    put: Tensor
+    version: int
+    """Of what is put, which tells whether anybody has written there since."""
+
+    def back(self) -> None:
+        """Puts the data gradient back, save where the step has dropped it."""
+        if self.w.grad is self.put:
+            self.w.grad = self.before
+
+    @property
+    def is_untouched(self) -> bool:
+        """Whether nobody has zeroed it, or added to it, in place."""
+        return self.put._version == self.version
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +76,8 @@ class Batch:
         swapped = term.pulled(before, ws, references, by, outs)
         for w, gradient in zip(ws, swapped, strict=True):
             w.grad = gradient
-        return list(zip(ws, before, swapped, strict=True))
+        rows = zip(ws, before, swapped, strict=True)
+        return [Swap(w, old, put, put._version) for w, old, put in rows]
 
     def _outs(
         self, optimizer: Optimizer, ws: list[Tensor], grads: list[Tensor]
@@ -76,7 +96,8 @@ class Batch:
 
     def _out(self, w: Tensor, gradient: Tensor) -> Tensor:
         kept = self.buffers.get(id(w))
-        if kept is None or kept.shape != gradient.shape or kept.dtype != gradient.dtype:
+        fits = kept is not None and kept.shape == gradient.shape and kept.dtype == gradient.dtype
+        if kept is None or not fits or kept is gradient:  # the last: left by a step that raised
             kept = self.buffers[id(w)] = torch.empty_like(gradient)
         return kept
 
