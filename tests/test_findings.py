@@ -313,6 +313,77 @@ def test_a_rule_of_which_nothing_is_left():
     )
 
 
+class Odd(Normed):
+    """Its author calls self something else."""
+
+    def forward(this, x):
+        x = this.norm(this.fc(x))
+        return this.head(this.drop(F.relu(x)))
+
+
+def test_self_by_another_name():
+    assert "before-norm" in codes((ruled({"fc": L2(1e-4)}, Odd),))
+
+
+def test_an_attached_l2_beside_the_optimizers_decay():
+    model = ruled(L2(1e-4))
+    optimizer = torch.optim.SGD(rw.param_groups(model, weight_decay=1e-4), lr=0.1)
+    rw.attach(model, optimizer)
+    (finding,) = doctor(model, optimizer)
+    assert finding.message == (
+        "fc1.weight and 2 more: shrunk twice, by L2(0.0001) in the step and by "
+        "weight_decay=0.0001 of SGD."
+    )
+
+
+def numbered():
+    return nn.ModuleDict(
+        {
+            part: nn.ModuleList(
+                nn.ModuleDict({"up": nn.Linear(4, 8), "down": nn.Linear(8, 4)}) for _ in range(6)
+            )
+            for part in ("encoder", "decoder")
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"encoder.{0..3}": L2(1e-4), "encoder.{4..5}": L2(1e-3)},
+        {"encoder.{0..3}": L2(1e-4), "encoder.{4..5}": None},
+        {"encoder.{0..3}": L2(1e-4), "encoder.{4..5}.*": None},
+        [(lambda path, module: path.endswith(".up"), L2(1e-4)), ("encoder.{0..1}", None)],
+    ],
+)
+def test_a_family_that_the_rules_share_or_leave_out_in_words_is_whole(rules):
+    assert doctor(ruled(rules, numbered)) == []
+
+
+def test_a_partial_family_of_one_of_two_stacks_and_of_several_layers():
+    (finding,) = doctor(ruled({"encoder.{0..4}": L2(1e-4), "decoder": L2(1e-4)}, numbered))
+    assert finding.message == (
+        "rule 0 ('encoder.{0..4}': L2(0.0001)) reaches 5 of 6 'up', not encoder.5.up, and so of "
+        "'down'."
+    )
+
+
+def test_a_replaced_module_is_told_once_and_not_after_regularize():
+    model = ruled({"": L2(1e-4)}, numbered)
+    model.encoder[2]["up"] = nn.Linear(4, 8)
+    (finding,) = doctor(model)
+    assert finding.message == (
+        "encoder.2.up.weight: the module came after regularize, and the policy has no L2(0.0001) "
+        "there."
+    )
+    assert doctor(rw.regularize(model, L2(1e-4))) == []
+
+
+def test_what_a_lambda_cleared_was_not_replaced():
+    rules = [("", L2(1e-4)), (lambda path, module: path.endswith(".up"), None)]
+    assert doctor(ruled(rules, numbered)) == []
+
+
 def test_hadamard_after_the_optimizer():
     model = Net()
     optimizer = adam(model)
@@ -413,3 +484,16 @@ def test_a_transformers_model_is_healthy():
     assert doctor(model, adam(model), loss=1.1) == []
     rw.regularize(model, {"classifier": Dropout(0.1)})
     assert codes((model,)) == ["dropout-on-output"]
+
+
+def test_rates_of_a_transformers_configuration():
+    """A misspelt one is told, though every class takes `**kwargs`; not another head's default."""
+    transformers = pytest.importorskip("transformers")
+    small = {"vocab_size": 11, "dim": 8, "n_layers": 1, "n_heads": 2, "hidden_dim": 8}
+    config = transformers.DistilBertConfig(**small, clasifier_dropout=0.45)
+    (finding,) = doctor(transformers.DistilBertForQuestionAnswering(config))
+    assert finding.message.startswith("config.clasifier_dropout = 0.45, but no code of Distil")
+    assert config.seq_classif_dropout == 0.2  # which a model for questions does not read
+    config = transformers.DistilBertConfig(**small, seq_classif_dropout=0.45)
+    assert codes((transformers.DistilBertForQuestionAnswering(config),)) == ["config-unread"]
+    assert codes((transformers.DistilBertForSequenceClassification(config),)) == []

@@ -184,11 +184,16 @@ def config_unread(look: Look) -> Iterator[Finding]:
 
 
 def _settings(config: Any) -> list[tuple[str, float]]:
-    """The dropout rates above 0 of a configuration."""
+    """The dropout rates above 0 of a configuration, without those that its class has by default.
+
+    A default may be for another head, as DistilBERT's `qa_dropout` is in a classifier.
+    """
     if isinstance(config, Mapping):
         items: Iterable[tuple[Any, Any]] = config.items()
     else:
-        items = vars(config).items() if hasattr(config, "__dict__") else ()
+        usual = _defaults(type(config))
+        held = vars(config) if hasattr(config, "__dict__") else {}
+        items = ((name, value) for name, value in held.items() if usual.get(name) != value)
     return [
         (name, float(value))
         for name, value in items
@@ -197,6 +202,14 @@ def _settings(config: Any) -> list[tuple[str, float]]:
         and isinstance(value, float | int)
         and 0 < value < 1
     ]
+
+
+def _defaults(cls: type) -> dict[str, Any]:
+    try:
+        told = inspect.signature(cls).parameters.values()
+    except (TypeError, ValueError):
+        return {}
+    return {p.name: p.default for p in told}
 
 
 def _rates(module: nn.Module) -> Iterator[float]:
@@ -209,12 +222,15 @@ def _rates(module: nn.Module) -> Iterator[float]:
 @functools.lru_cache(maxsize=4096)
 def _mentions(cls: type, name: str) -> bool:
     """Whether the source of a class reads the setting: `config.name`, `"name"`, `**config`."""
-    if cls.__module__.split(".")[0] == "torch":
-        return False
-    try:
-        source = inspect.getsource(cls)
-    except (OSError, TypeError):
-        return True
     holders = "|".join(_CONFIGS)
-    said = rf"\b(?:{holders})\b(?:\.\w+)*\.{name}\b|[\"']{name}[\"']|\*\*\w*(?:{holders})\b"
-    return re.search(said, source) is not None
+    whole = rf"\*\*(?:vars\()?(?:\w+\.)*(?:{holders})\b"  # **self.config, not **kwargs
+    said = rf"\b\w*(?:{holders})\b(?:\.\w+)*\.{name}\b|[\"']{name}[\"']|{whole}"
+    written = (c for c in cls.__mro__ if c.__module__.split(".")[0] not in ("torch", "builtins"))
+    return any(re.search(said, source) for source in map(_source, written))
+
+
+def _source(cls: type) -> str:
+    try:
+        return inspect.getsource(cls)
+    except (OSError, TypeError):
+        return "**config"  # unknown: it may read everything
