@@ -204,6 +204,39 @@ def test_dropout_rates_move() -> None:
     assert zeros(model) == 0
 
 
+class Masked(nn.Dropout):
+    """Another class, whose rate has the usual name."""
+
+
+class Residual(nn.Module):
+    """Another class, whose rate has a name that nobody knows."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, self.rate, self.training)
+
+
+@pytest.mark.parametrize("kind", [Masked, Residual])
+@pytest.mark.parametrize("mechanism", ["fx", "hook"])
+def test_dropouts_of_other_classes_move(mechanism: str, kind: type[nn.Module]) -> None:
+    model = Wide() if mechanism == "fx" else nn.Sequential(Wide().fc)
+    where = "fc" if mechanism == "fx" else "0"
+    rw.regularize(model, {where: Dropout(0.4, kind=kind)})
+    assert [entry.mechanism for entry in rw.policy(model)] == [mechanism]
+    scheduler = StrengthScheduler(model, warm_up)
+    for factor in (0, 0.25, 0.5, 0.75, 1):
+        assert zeros(model) == pytest.approx(0.4 * factor, abs=0.02)
+        scheduler.step()
+    loaded = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    assert zeros(loaded) == pytest.approx(0.4, abs=0.02)
+    model.eval()
+    assert zeros(model) == 0
+    assert "Scheduled" not in repr(rw.unregularize(model))
+
+
 def test_an_eager_scheduled_dropout_draws_the_masks_of_dropout() -> None:
     model = rw.regularize(Wide(), {"fc": Dropout(0.4)})
     plain = rw.regularize(Wide(), {"fc": Dropout(0.2)})
