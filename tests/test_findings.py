@@ -321,6 +321,30 @@ class Odd(Normed):
         return this.head(this.drop(F.relu(x)))
 
 
+def shared_forward(self, x):
+    return self.head(self.drop(F.relu(self.fc1(x))))
+
+
+class Lent(Net):
+    """Its forward is written elsewhere."""
+
+    forward = shared_forward
+
+
+def test_a_forward_that_is_written_elsewhere():
+    assert doctor(Lent()) == []
+    model = Unused()
+    assert [f.code for f in doctor(model)] == ["dropout-never-called"]
+    model.forward = types.MethodType(shared_forward, model)
+    assert doctor(model) == []
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # TorchScript's own
+def test_a_scripted_part():
+    model = nn.Sequential(torch.jit.script(nn.Sequential(nn.Linear(4, 4))), nn.Linear(4, 2))
+    assert doctor(rw.regularize(model, {"1": L2(1e-4)})) == []
+
+
 def test_self_by_another_name():
     assert "before-norm" in codes((ruled({"fc": L2(1e-4)}, Odd),))
 

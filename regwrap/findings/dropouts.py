@@ -118,6 +118,8 @@ def _is_said(owner: nn.Module, name: str) -> bool:
     cls = author_class(owner)
     if cls.__module__.split(".")[0] == "torch" or name.startswith("regwrap_"):
         return True  # containers call their children by other means
+    if "forward" in vars(owner):
+        return True  # put there by somebody else, who may call it
     return (words := _words(cls)) is None or name in words
 
 
@@ -133,13 +135,18 @@ def _words(cls: type) -> frozenset[str] | None:
         if base.__module__.split(".")[0] in ("torch", "builtins"):
             continue
         methods = _methods(base)
-        if methods is None:
+        if methods is None or _elsewhere(base) - {method.name for method in methods}:
             return None
         for method in methods:
             if method.name not in defined or "super" in words:  # else overridden, and never run
                 words |= _read_in(method)
         defined |= {method.name for method in methods}
     return None if words & _WIDE else frozenset(words)
+
+
+def _elsewhere(cls: type) -> set[str]:
+    """Functions of the class, wherever they are written: `forward = shared_forward`."""
+    return {n for n, v in vars(cls).items() if inspect.isfunction(v) and not n.startswith("__")}
 
 
 def _methods(cls: type) -> list[ast.FunctionDef] | None:

@@ -78,7 +78,7 @@ def ending(root: nn.Module) -> Iterator[str]:
 
 def is_leaf(module: nn.Module) -> bool:
     """Whether the module has no children; parametrizations of its own weight are none."""
-    return not set(module._modules) - {"parametrizations"}
+    return all(name == "parametrizations" for name, _ in module.named_children())
 
 
 def _is_plain_leaf(owner: nn.Module, name: str) -> bool:

@@ -190,7 +190,9 @@ def _accounted(look: Look, term: Term) -> set[str]:
 
 def partly_adapted(look: Look) -> Iterator[Finding]:
     """Adapters (LoRA) on most layers of a family, not on all."""
-    adapted = {n.path for n in look.nodes if any("lora_" in c for c in n.module._modules)}
+    adapted = {
+        n.path for n in look.nodes if any("lora_" in c for c, _ in n.module.named_children())
+    }
     yield from _partial("LoRA adapts", _families([n.path for n in look.nodes]), adapted, set())
 
 
