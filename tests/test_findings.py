@@ -339,6 +339,42 @@ def test_a_forward_that_is_written_elsewhere():
     assert doctor(model) == []
 
 
+class Attention(nn.Module):
+    """Holds a dropout and takes its rate, as transformers' attentions do."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.drop, self.attention_dropout = nn.Linear(8, 8), nn.Dropout(0.1), 0.1
+
+    def forward(self, x):
+        return F.dropout(self.fc(x).softmax(-1), self.attention_dropout, self.training)
+
+
+def test_a_rate_that_is_taken_from_an_attribute():
+    assert doctor(Attention()) == []
+    other = Attention()
+    other.attention_dropout = 0.0
+    assert codes((other,)) == ["dropout-never-called"]
+
+
+class Marked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4, 4))
+        self.fc = nn.Linear(4, 4)
+
+    def no_weight_decay(self):
+        return {"scale"}
+
+
+def test_authors_marks_beside_a_part_with_two_names():
+    shared = nn.Sequential(nn.Linear(4, 4))
+    model = nn.ModuleDict({"a": shared, "b": shared, "c": nn.Sequential(Marked())})
+    assert doctor(model, adamw(model)) == []
+    (finding,) = doctor(model, torch.optim.AdamW(model.parameters(), weight_decay=0.1))
+    assert finding.message.startswith("a.0.bias and 2 more: biases, norms and parameters")
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # TorchScript's own
 def test_a_scripted_part():
     model = nn.Sequential(torch.jit.script(nn.Sequential(nn.Linear(4, 4))), nn.Linear(4, 2))

@@ -102,6 +102,7 @@ def never_called(look: Look) -> Iterator[Finding]:
         if child is not None
         and _rate(child)
         and names[id(child)] == 1  # under another name it may be called
+        and _rate(child) not in _kept(node.module)  # which its attention takes
         and not _is_said(node.module, name)
     ]
     if unused:
@@ -221,9 +222,12 @@ def _defaults(cls: type) -> dict[str, Any]:
 
 def _rates(module: nn.Module) -> Iterator[float]:
     yield _rate(module)
-    for name, value in vars(module).items():
-        if "drop" in name and isinstance(value, float):
-            yield value
+    yield from _kept(module)
+
+
+def _kept(module: nn.Module) -> list[float]:
+    """Rates that the module keeps as plain numbers."""
+    return [v for n, v in vars(module).items() if "drop" in n and isinstance(v, float)]
 
 
 @functools.lru_cache(maxsize=4096)

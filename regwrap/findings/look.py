@@ -51,8 +51,9 @@ class Look:
         self.policy = planning.in_force(self.root)
         self.optimizer = optimizer
         self.loss = loss
-        self.nodes = [node for node in sites.nodes(self.root) if node.first]
-        self.marks = sites.author_marks(self.nodes)
+        tree = sites.nodes(self.root)
+        self.nodes = [node for node in tree if node.first]
+        self.marks = sites.author_marks(tree)
 
     @property
     def groups(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
