@@ -208,18 +208,18 @@ class Masked(nn.Dropout):
     """Another class, whose rate has the usual name."""
 
 
-class Residual(nn.Module):
-    """Another class, whose rate has a name that nobody knows."""
+class Foreign(nn.Module):
+    """Another class, whose rate has the name of timm's."""
 
-    def __init__(self, rate: float) -> None:
+    def __init__(self, drop_prob: float) -> None:
         super().__init__()
-        self.rate = rate
+        self.drop_prob = drop_prob
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.dropout(x, self.rate, self.training)
+        return nn.functional.dropout(x, self.drop_prob, self.training)
 
 
-@pytest.mark.parametrize("kind", [Masked, Residual])
+@pytest.mark.parametrize("kind", [Masked, Foreign])
 @pytest.mark.parametrize("mechanism", ["fx", "hook"])
 def test_dropouts_of_other_classes_move(mechanism: str, kind: type[nn.Module]) -> None:
     model = Wide() if mechanism == "fx" else nn.Sequential(Wide().fc)

@@ -301,7 +301,7 @@ def test_scheduled_rates(factor: float) -> None:
     assert scheduler.factor() == factor
 
 
-@pytest.mark.parametrize("kind", [nn.AlphaDropout, Residual])
+@pytest.mark.parametrize("kind", [nn.AlphaDropout, nn.FeatureAlphaDropout])
 @pytest.mark.parametrize("factor", [0.0, 0.5])
 def test_scheduled_rates_of_other_kinds(factor: float, kind: type[nn.Module]) -> None:
     rules = {layer: Dropout(0.5, kind=kind) for layer in ("a", "tail.0")}
