@@ -55,8 +55,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=here / "policy.svg")
     args = parser.parse_args()
     model = rw.regularize(Mixer(), RULES)
-    console = Console(file=io.StringIO(), record=True, width=92, force_terminal=True)
-    console.print("[dim]>>>[/dim] rw.summary(model)", highlight=False)
+    console = Console(file=io.StringIO(), record=True, width=84, force_terminal=True)
+    console.print("[dim]>>>[/dim] rw.summary(model)", highlight=False, end="\n\n")
     rw.summary(model, console=console)
     # A fixed id, so that the file changes when the table does and not otherwise.
     console.save_svg(str(args.out), title="regwrap", unique_id="regwrap")

@@ -103,7 +103,7 @@ def draw(auroc_of: dict[str, dict[str, list[float]]], out: Path) -> None:
         panel.errorbar(values.mean(1), rows, xerr=around, fmt="o", capsize=3, label=way)
     panel.axvline(0.5, color="gray", ls=":", label="a coin")
     panel.set_yticks(range(len(kinds)), list(reversed(kinds)))
-    panel.set(xlim=(0.15, 1.0), ylim=(-0.5, len(kinds) - 0.5), xlabel="AUROC against unseen digits")
+    panel.set(xlim=(0.0, 1.0), ylim=(-0.5, len(kinds) - 0.5), xlabel="AUROC against unseen digits")
     figure.legend(loc="outside upper center", ncols=4, frameon=False)
     panel.grid(axis="x", alpha=0.25)
     figure.savefig(out, dpi=150)

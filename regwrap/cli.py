@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import importlib
 import json
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 
 from regwrap import config, difference, figures, penalty, table
-from regwrap.api import policy, regularize, summary
+from regwrap.api import policy, regularize, summary, unregularize
 from regwrap.findings import doctor
 
 FINE, FOUND, FAILED = 0, 1, 2
@@ -149,7 +150,9 @@ def _verify(options: argparse.Namespace) -> int:
     except ImportError:
         raise _Failure("this version of regwrap has no verify.") from None
     model, _ = _load(options)
-    with _attempt("verify could not run; give the inputs' shapes with --shape"):
+    with _attempt("the plain model does not run; give its inputs' shapes with --shape"):
+        _run_plain(model, options.shape)
+    with _attempt("verify could not run"):
         report = verify(model, *options.shape)
     if options.json:
         _print_json([dataclasses.asdict(check) for check in report.checks])
@@ -157,6 +160,12 @@ def _verify(options: argparse.Namespace) -> int:
         rows = [(c.name, "ok" if c.ok else "FAILED", c.detail) for c in report.checks]
         table.show_list(("check", "", "detail"), rows)
     return FINE if report.ok else FOUND
+
+
+def _run_plain(model: nn.Module, inputs: Sequence[torch.Tensor]) -> None:
+    """An input that the plain model does not take says nothing about the guarantees."""
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        unregularize(copy.deepcopy(model)).eval()(*inputs)
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -156,9 +156,14 @@ def _read_rule(table: Any, at: str) -> Iterator[tuple[object, Term | None]]:
     """One table as its pairs; several for an ElasticNet, which is two terms."""
     if not isinstance(table, Mapping):
         _refuse(at, f"must be a table with where and term, not {table!r}")
-    for key, example in (("where", "where = 'head'"), ("term", "term = 'L2'")):
+    for key, example in (
+        ("where", "where = 'head', with \"\" for the whole model"),
+        ("term", "term = 'L2', or 'none' to clear"),
+    ):
         if key not in table:
-            _refuse(at, f'has no {key!r}; write {example}, with "" for the whole model')
+            meant = difflib.get_close_matches(key, map(str, table), 1, 0.7)
+            told = f" but {meant[0]!r}" if meant else ""
+            _refuse(at, f"has no {key!r}{told}; write {example}")
     where = _read_where(table["where"], at)
     arguments = {k: v for k, v in table.items() if k not in ("where", "term")}
     made = _read_term(table["term"], arguments, at)

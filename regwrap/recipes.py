@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from regwrap.errors import UnmatchedRule
 from regwrap.terms import L2, L2SP, Dropout, Term, WeightDecay
-from regwrap.where import Where, parse_where
+from regwrap.where import parse_where, shown
 
 Rules = list[tuple[object, Term | None]]
 
@@ -98,15 +98,19 @@ def stochastic_depth(model: nn.Module, *ends: object, rate: float = 0.2) -> Rule
     """
     return [
         (path, Dropout(rate * (i + 1) / len(paths), kind=DropPath))
-        for paths in (_selected(model, parse_where(end)) for end in ends)
+        for paths in (_selected(model, end) for end in ends)
         for i, path in enumerate(paths)
     ]
 
 
-def _selected(model: nn.Module, where: Where) -> list[str]:
+def _selected(model: nn.Module, end: object) -> list[str]:
+    where = parse_where(end)
     paths = [path for path, m in model.named_modules() if where.selects_module(path, m)]
     if not paths:
-        raise UnmatchedRule(f"{where} selects no module of {type(model).__name__}.")
+        raise UnmatchedRule(
+            f"stochastic_depth: {shown(end)!r} selects no module of {type(model).__name__}; name "
+            "the Linear layer that ends each branch, as in 'blocks.*.mlp.fc2'."
+        )
     return paths
 
 

@@ -63,8 +63,10 @@ class _Act:
 
 def show(sheet: Sheet, console: Console | None = None) -> None:
     """Prints the sheet; on a non-terminal as wide as it needs, neither wrapped nor cut."""
-    console = Console() if console is None else console
-    drawn = draw(sheet)
+    _print(draw(sheet), Console() if console is None else console)
+
+
+def _print(drawn: RenderableType, console: Console) -> None:
     if console.is_terminal:
         console.print(drawn)
         return
@@ -91,7 +93,7 @@ def draw(sheet: Sheet) -> Drawing:
     return Drawing(sheet)
 
 
-def _natural_width(drawn: Drawing, console: Console) -> int:
+def _natural_width(drawn: RenderableType, console: Console) -> int:
     options = console.options.update(max_width=_ENOUGH)
     return Measurement.get(console, options, drawn).maximum
 
@@ -395,11 +397,9 @@ def show_list(
     heads: Sequence[str], rows: Sequence[Sequence[str]], console: Console | None = None
 ) -> None:
     """Prints rows of text under heads; on a non-terminal neither wrapped nor cut."""
-    console = Console() if console is None else console
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
     for head in heads:
         table.add_column(head, overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))
-    width = console.width if console.is_terminal else _ENOUGH
-    console.print(table, width=width, crop=False, no_wrap=not console.is_terminal)
+    _print(table, Console() if console is None else console)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from regwrap.errors import PolicyError
 from regwrap.penalty import settled
-from regwrap.record import HOOK
+from regwrap.record import HOOK, Factor
 
 
 class MCPrediction(NamedTuple):
@@ -190,7 +190,13 @@ def _drops(module: nn.Module) -> bool:
         return bool(module.dropout > 0)
     if isinstance(module, nn.RNNBase):
         return bool(module.dropout > 0) and module.num_layers > 1
-    return _is_dropout(module) or _is_hooked(module)
+    return (_is_dropout(module) or _is_hooked(module)) and not _is_off(module)
+
+
+def _is_off(module: nn.Module) -> bool:
+    """Whether a schedule holds the module's dropout at 0."""
+    held = (module.__dict__.get(name) for name in ("factor", "_regwrap_factor"))
+    return any(isinstance(factor, Factor) and factor.value == 0 for factor in held)
 
 
 def _is_dropout(module: nn.Module) -> bool:

@@ -54,6 +54,15 @@ def decayed():
     return model, torch.optim.SGD(model.parameters(), weight_decay=0.1)
 
 
+class Twisted(Net):
+    def forward(self, x):
+        return super().forward(x) + hasattr(self, "reg_loss")
+
+
+def twisted():
+    return rw.regularize(Twisted(), rw.L2(1e-4))
+
+
 def broken():
     raise KeyError("no\\nsuch thing")
 
@@ -164,8 +173,21 @@ def test_verify(capsys, target):
     assert "FAILED" not in out
     status, out, _ = run(capsys, "verify", f"{target}:ruled", "--shape", "2,8", "--json")
     assert {"name", "ok", "detail"} == set(json.loads(out)[0])
-    status, _, err = run(capsys, "verify", f"{target}:ruled", "--shape", "2,9")
-    assert (status, err.count("\n")) != (0, 0)
+    assert max(map(len, out.splitlines())) > 80  # no terminal: not wrapped
+
+
+@pytest.mark.parametrize("shape", [[], ["--shape", "2,9"]])
+def test_verify_with_an_input_that_the_plain_model_does_not_take(capsys, target, shape):
+    status, out, err = run(capsys, "verify", f"{target}:ruled", *shape)
+    told = err.splitlines()[-1]
+    assert (status, out) == (2, "")
+    assert told.startswith("regwrap: the plain model does not run; give its inputs' shapes with")
+
+
+def test_verify_of_a_model_that_breaks_a_guarantee(capsys, target):
+    status, out, _ = run(capsys, "verify", f"{target}:twisted", "--shape", "2,8")
+    assert status == 1
+    assert "FAILED" in out
 
 
 def test_diff(capsys, target, tmp_path):

@@ -313,6 +313,137 @@ def test_a_rule_of_which_nothing_is_left():
     )
 
 
+class Odd(Normed):
+    """Its author calls self something else."""
+
+    def forward(this, x):
+        x = this.norm(this.fc(x))
+        return this.head(this.drop(F.relu(x)))
+
+
+def shared_forward(self, x):
+    return self.head(self.drop(F.relu(self.fc1(x))))
+
+
+class Lent(Net):
+    """Its forward is written elsewhere."""
+
+    forward = shared_forward
+
+
+def test_a_forward_that_is_written_elsewhere():
+    assert doctor(Lent()) == []
+    model = Unused()
+    assert [f.code for f in doctor(model)] == ["dropout-never-called"]
+    model.forward = types.MethodType(shared_forward, model)
+    assert doctor(model) == []
+
+
+class Attention(nn.Module):
+    """Holds a dropout and takes its rate, as transformers' attentions do."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.drop, self.attention_dropout = nn.Linear(8, 8), nn.Dropout(0.1), 0.1
+
+    def forward(self, x):
+        return F.dropout(self.fc(x).softmax(-1), self.attention_dropout, self.training)
+
+
+def test_a_rate_that_is_taken_from_an_attribute():
+    assert doctor(Attention()) == []
+    other = Attention()
+    other.attention_dropout = 0.0
+    assert codes((other,)) == ["dropout-never-called"]
+
+
+class Marked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4, 4))
+        self.fc = nn.Linear(4, 4)
+
+    def no_weight_decay(self):
+        return {"scale"}
+
+
+def test_authors_marks_beside_a_part_with_two_names():
+    shared = nn.Sequential(nn.Linear(4, 4))
+    model = nn.ModuleDict({"a": shared, "b": shared, "c": nn.Sequential(Marked())})
+    assert doctor(model, adamw(model)) == []
+    (finding,) = doctor(model, torch.optim.AdamW(model.parameters(), weight_decay=0.1))
+    assert finding.message.startswith("a.0.bias and 2 more: biases, norms and parameters")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # TorchScript's own
+def test_a_scripted_part():
+    model = nn.Sequential(torch.jit.script(nn.Sequential(nn.Linear(4, 4))), nn.Linear(4, 2))
+    assert doctor(rw.regularize(model, {"1": L2(1e-4)})) == []
+
+
+def test_self_by_another_name():
+    assert "before-norm" in codes((ruled({"fc": L2(1e-4)}, Odd),))
+
+
+def test_an_attached_l2_beside_the_optimizers_decay():
+    model = ruled(L2(1e-4))
+    optimizer = torch.optim.SGD(rw.param_groups(model, weight_decay=1e-4), lr=0.1)
+    rw.attach(model, optimizer)
+    (finding,) = doctor(model, optimizer)
+    assert finding.message == (
+        "fc1.weight and 2 more: shrunk twice, by L2(0.0001) in the step and by "
+        "weight_decay=0.0001 of SGD."
+    )
+
+
+def numbered():
+    return nn.ModuleDict(
+        {
+            part: nn.ModuleList(
+                nn.ModuleDict({"up": nn.Linear(4, 8), "down": nn.Linear(8, 4)}) for _ in range(6)
+            )
+            for part in ("encoder", "decoder")
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"encoder.{0..3}": L2(1e-4), "encoder.{4..5}": L2(1e-3)},
+        {"encoder.{0..3}": L2(1e-4), "encoder.{4..5}": None},
+        {"encoder.{0..3}": L2(1e-4), "encoder.{4..5}.*": None},
+        [(lambda path, module: path.endswith(".up"), L2(1e-4)), ("encoder.{0..1}", None)],
+    ],
+)
+def test_a_family_that_the_rules_share_or_leave_out_in_words_is_whole(rules):
+    assert doctor(ruled(rules, numbered)) == []
+
+
+def test_a_partial_family_of_one_of_two_stacks_and_of_several_layers():
+    (finding,) = doctor(ruled({"encoder.{0..4}": L2(1e-4), "decoder": L2(1e-4)}, numbered))
+    assert finding.message == (
+        "rule 0 ('encoder.{0..4}': L2(0.0001)) reaches 5 of 6 'up', not encoder.5.up, and so of "
+        "'down'."
+    )
+
+
+def test_a_replaced_module_is_told_once_and_not_after_regularize():
+    model = ruled({"": L2(1e-4)}, numbered)
+    model.encoder[2]["up"] = nn.Linear(4, 8)
+    (finding,) = doctor(model)
+    assert finding.message == (
+        "encoder.2.up.weight: the module came after regularize, and the policy has no L2(0.0001) "
+        "there."
+    )
+    assert doctor(rw.regularize(model, L2(1e-4))) == []
+
+
+def test_what_a_lambda_cleared_was_not_replaced():
+    rules = [("", L2(1e-4)), (lambda path, module: path.endswith(".up"), None)]
+    assert doctor(ruled(rules, numbered)) == []
+
+
 def test_hadamard_after_the_optimizer():
     model = Net()
     optimizer = adam(model)
@@ -413,3 +544,16 @@ def test_a_transformers_model_is_healthy():
     assert doctor(model, adam(model), loss=1.1) == []
     rw.regularize(model, {"classifier": Dropout(0.1)})
     assert codes((model,)) == ["dropout-on-output"]
+
+
+def test_rates_of_a_transformers_configuration():
+    """A misspelt one is told, though every class takes `**kwargs`; not another head's default."""
+    transformers = pytest.importorskip("transformers")
+    small = {"vocab_size": 11, "dim": 8, "n_layers": 1, "n_heads": 2, "hidden_dim": 8}
+    config = transformers.DistilBertConfig(**small, clasifier_dropout=0.45)
+    (finding,) = doctor(transformers.DistilBertForQuestionAnswering(config))
+    assert finding.message.startswith("config.clasifier_dropout = 0.45, but no code of Distil")
+    assert config.seq_classif_dropout == 0.2  # which a model for questions does not read
+    config = transformers.DistilBertConfig(**small, seq_classif_dropout=0.45)
+    assert codes((transformers.DistilBertForQuestionAnswering(config),)) == ["config-unread"]
+    assert codes((transformers.DistilBertForSequenceClassification(config),)) == []

@@ -58,11 +58,28 @@ def test_uncertainty(tmp_path):
 
 def test_the_table_as_a_picture(tmp_path):
     run("table_svg.py", "--out", tmp_path / "policy.svg", cwd=tmp_path)
-    drawn = (tmp_path / "policy.svg").read_text()
-    kept = (EXAMPLES / "policy.svg").read_text()
+    drawn = texts_of(tmp_path / "policy.svg")
     for text in ("WeightDecay(0.05)", "Dropout(0.1)", "blocks.{0..11}.norm"):
         assert text in drawn
-        assert text in kept
+    assert texts_of(EXAMPLES / "policy.svg") == drawn  # else run it again: the table has changed
+
+
+def texts_of(svg):
+    """The words of a picture: its styles may differ with the version of rich."""
+    return " ".join(
+        re.sub(r"<style.*?</style>|<[^>]*>|&#160;", " ", svg.read_text(), flags=re.S).split()
+    )
+
+
+@pytest.mark.parametrize("name", ["digits", "fashion"])
+def test_the_readme_shows_what_benefit_wrote(name):
+    assert (EXAMPLES / f"benefit_{name}.md").read_text() in (ROOT / "README.md").read_text()
+
+
+def test_the_pictures_of_the_readme_are_there():
+    shown = re.findall(r"!\[.+?\]\((.+?)\)", (ROOT / "README.md").read_text())
+    assert len(shown) >= 4
+    assert all((ROOT / path).is_file() for path in shown)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Jupyter's own

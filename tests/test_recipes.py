@@ -83,7 +83,7 @@ def test_stochastic_depth_is_a_linear_ramp():
     assert [path for path, _ in rules] == [f"blocks.{i}.fc2" for i in range(4)]
     assert [term.p for _, term in rules] == pytest.approx([0.05, 0.1, 0.15, 0.2])
     assert all(term.kind is recipes.DropPath for _, term in rules)
-    with pytest.raises(UnmatchedRule, match="selects no module of Vit"):
+    with pytest.raises(UnmatchedRule, match=r"selects no module of Vit; name the Linear layer"):
         recipes.stochastic_depth(model, "layers.*")
 
 

@@ -204,6 +204,39 @@ def test_dropout_rates_move() -> None:
     assert zeros(model) == 0
 
 
+class Masked(nn.Dropout):
+    """Another class, whose rate has the usual name."""
+
+
+class Foreign(nn.Module):
+    """Another class, whose rate has the name of timm's."""
+
+    def __init__(self, drop_prob: float) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, self.drop_prob, self.training)
+
+
+@pytest.mark.parametrize("kind", [Masked, Foreign])
+@pytest.mark.parametrize("mechanism", ["fx", "hook"])
+def test_dropouts_of_other_classes_move(mechanism: str, kind: type[nn.Module]) -> None:
+    model = Wide() if mechanism == "fx" else nn.Sequential(Wide().fc)
+    where = "fc" if mechanism == "fx" else "0"
+    rw.regularize(model, {where: Dropout(0.4, kind=kind)})
+    assert [entry.mechanism for entry in rw.policy(model)] == [mechanism]
+    scheduler = StrengthScheduler(model, warm_up)
+    for factor in (0, 0.25, 0.5, 0.75, 1):
+        assert zeros(model) == pytest.approx(0.4 * factor, abs=0.02)
+        scheduler.step()
+    loaded = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    assert zeros(loaded) == pytest.approx(0.4, abs=0.02)
+    model.eval()
+    assert zeros(model) == 0
+    assert "Scheduled" not in repr(rw.unregularize(model))
+
+
 def test_an_eager_scheduled_dropout_draws_the_masks_of_dropout() -> None:
     model = rw.regularize(Wide(), {"fc": Dropout(0.4)})
     plain = rw.regularize(Wide(), {"fc": Dropout(0.2)})

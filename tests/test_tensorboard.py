@@ -55,17 +55,39 @@ def test_read_back(tmp_path):
     assert "Dropout(0.4)" in text
 
 
+class Lines:
+    def __init__(self):
+        self.scalars, self.texts = {}, {}
+
+    def add_scalar(self, tag, value, step=None):
+        self.scalars[tag] = value
+
+    def add_text(self, tag, text, step=None):
+        self.texts[tag] = text
+
+
+def test_rates_in_attributes_and_what_an_optimizer_carries():
+    net = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2, dropout=0.1)})
+    net["off"] = nn.MultiheadAttention(4, 2)
+    net["rnn"], net["drop"] = nn.LSTM(4, 4, num_layers=2, dropout=0.3), nn.Dropout(0)
+    lines = Lines()
+    log_policy(lines, net, 0)
+    assert {tag: value for tag, value in lines.scalars.items() if "dropout" in tag} == {
+        "regwrap/dropout/attention": 0.1, "regwrap/dropout/rnn": 0.3, "regwrap/dropout/drop": 0.0
+    }  # fmt: skip
+    rw.regularize(net, {"attention": Dropout(0.4), "rnn.weight_hh_l0": L1(0.1)})
+    expected = rw.penalties(net)["rnn.weight_hh_l0"].item()
+    rw.attach(net, torch.optim.SGD(net.parameters(), lr=0.1))
+    lines = Lines()
+    log_policy(lines, net, 1)
+    dropping = {tag for tag in lines.scalars if "dropout/attention" in tag}
+    assert dropping == {"regwrap/dropout/attention"}  # not its out_proj, which nobody calls
+    assert lines.scalars["regwrap/dropout/attention"] == 0.4
+    assert lines.scalars["regwrap/reg_loss"] == 0
+    assert lines.scalars["regwrap/penalty/rnn.weight_hh_l0"] == pytest.approx(expected)
+
+
 def test_a_model_that_is_one_layer(tmp_path):
-    class Lines:
-        def __init__(self):
-            self.scalars, self.texts = {}, {}
-
-        def add_scalar(self, tag, value, step=None):
-            self.scalars[tag] = value
-
-        def add_text(self, tag, text, step=None):
-            self.texts[tag] = text
-
     lines = Lines()
     log_policy(lines, rw.regularize(nn.Linear(2, 2), L2(1.0)), 3)
     assert set(lines.scalars) == {

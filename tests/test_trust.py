@@ -301,6 +301,16 @@ def test_scheduled_rates(factor: float) -> None:
     assert scheduler.factor() == factor
 
 
+@pytest.mark.parametrize("kind", [nn.AlphaDropout, nn.FeatureAlphaDropout])
+@pytest.mark.parametrize("factor", [0.0, 0.5])
+def test_scheduled_rates_of_other_kinds(factor: float, kind: type[nn.Module]) -> None:
+    rules = {layer: Dropout(0.5, kind=kind) for layer in ("a", "tail.0")}
+    model = regularize(Net(), rules)
+    rw.StrengthScheduler(model, lambda step: factor)
+    report = verify(model, data())
+    assert failed(report) == [], [c.detail for c in report.checks if not c.ok]
+
+
 def test_a_rewrite_that_went_is_found() -> None:
     model = regularize(Net(), {"a": Dropout(0.5)})
     model.forward = lambda x: Net.forward(model, x)  # type: ignore[method-assign]

@@ -270,6 +270,28 @@ def test_without_dropout(make):
     assert model.training
 
 
+class Rewritten(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.b(torch.tanh(self.a(x)))
+
+
+@pytest.mark.parametrize("kind", [nn.Dropout, nn.AlphaDropout])
+@pytest.mark.parametrize(
+    ("make", "layer"), [(Rewritten, "a"), (plain_mlp, "0")], ids=["fx", "hook"]
+)
+def test_a_schedule_at_0(make, layer, kind):
+    model = rw.regularize(make(), {layer: Dropout(0.5, kind=kind)})
+    schedule = rw.StrengthScheduler(model, lambda step: min(step, 1))
+    with pytest.raises(PolicyError, match="has no dropout with a rate above 0"):
+        mc_predict(model, x())
+    schedule.step()
+    assert (mc_predict(model, x()).std > 0).any()
+
+
 @pytest.mark.parametrize("squeeze", [False, True])
 def test_one_logit_is_no_classification(squeeze):
     class One(Net):

@@ -13,18 +13,19 @@ from regwrap.terms import L2, WeightDecay
 
 
 def twice(look: Look) -> Iterator[Finding]:
-    """The same L2 in the loss and in the optimizer."""
+    """The same L2 in the loss, or in the step by `attach`, and in the optimizer's decay."""
     rates = look.decay_of()
-    both = [e for e in look.in_loss(L2) if any(rates.get(id(p)) for p in look.stored(e))]
+    shrinking = [e for e in look.policy if isinstance(e.term, L2) and e.term.strength > 0]
+    both = [e for e in shrinking if any(rates.get(id(p)) for p in look.stored(e))]
     for entries in by_rule(both):
         rate = next(rates[id(p)] for p in look.stored(entries[0]) if rates.get(id(p)))
-        where = site_path(entries[0])
+        place = "step" if look.is_carried(entries[0]) else "loss"
         yield Finding(
             "l2-twice",
             "warning",
-            where,
-            f"{listed(map(site_path, entries))}: shrunk twice, by {entries[0].term!r} in the loss "
-            f"and by weight_decay={rate:g} of {type(look.optimizer).__name__}.",
+            site_path(entries[0]),
+            f"{listed(map(site_path, entries))}: shrunk twice, by {entries[0].term!r} in the "
+            f"{place} and by weight_decay={rate:g} of {type(look.optimizer).__name__}.",
             "Keep one: build the optimizer from regwrap.param_groups(model, weight_decay=0), or "
             "write WeightDecay instead of L2.",
         )

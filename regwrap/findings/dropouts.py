@@ -102,6 +102,7 @@ def never_called(look: Look) -> Iterator[Finding]:
         if child is not None
         and _rate(child)
         and names[id(child)] == 1  # under another name it may be called
+        and _rate(child) not in _kept(node.module)  # which its attention takes
         and not _is_said(node.module, name)
     ]
     if unused:
@@ -118,6 +119,8 @@ def _is_said(owner: nn.Module, name: str) -> bool:
     cls = author_class(owner)
     if cls.__module__.split(".")[0] == "torch" or name.startswith("regwrap_"):
         return True  # containers call their children by other means
+    if "forward" in vars(owner):
+        return True  # put there by somebody else, who may call it
     return (words := _words(cls)) is None or name in words
 
 
@@ -133,13 +136,18 @@ def _words(cls: type) -> frozenset[str] | None:
         if base.__module__.split(".")[0] in ("torch", "builtins"):
             continue
         methods = _methods(base)
-        if methods is None:
+        if methods is None or _elsewhere(base) - {method.name for method in methods}:
             return None
         for method in methods:
             if method.name not in defined or "super" in words:  # else overridden, and never run
                 words |= _read_in(method)
         defined |= {method.name for method in methods}
     return None if words & _WIDE else frozenset(words)
+
+
+def _elsewhere(cls: type) -> set[str]:
+    """Functions of the class, wherever they are written: `forward = shared_forward`."""
+    return {n for n, v in vars(cls).items() if inspect.isfunction(v) and not n.startswith("__")}
 
 
 def _methods(cls: type) -> list[ast.FunctionDef] | None:
@@ -184,11 +192,16 @@ def config_unread(look: Look) -> Iterator[Finding]:
 
 
 def _settings(config: Any) -> list[tuple[str, float]]:
-    """The dropout rates above 0 of a configuration."""
+    """The dropout rates above 0 of a configuration, without those that its class has by default.
+
+    A default may be for another head, as DistilBERT's `qa_dropout` is in a classifier.
+    """
     if isinstance(config, Mapping):
         items: Iterable[tuple[Any, Any]] = config.items()
     else:
-        items = vars(config).items() if hasattr(config, "__dict__") else ()
+        usual = _defaults(type(config))
+        held = vars(config) if hasattr(config, "__dict__") else {}
+        items = ((name, value) for name, value in held.items() if usual.get(name) != value)
     return [
         (name, float(value))
         for name, value in items
@@ -199,22 +212,36 @@ def _settings(config: Any) -> list[tuple[str, float]]:
     ]
 
 
+def _defaults(cls: type) -> dict[str, Any]:
+    try:
+        told = inspect.signature(cls).parameters.values()
+    except (TypeError, ValueError):
+        return {}
+    return {p.name: p.default for p in told}
+
+
 def _rates(module: nn.Module) -> Iterator[float]:
     yield _rate(module)
-    for name, value in vars(module).items():
-        if "drop" in name and isinstance(value, float):
-            yield value
+    yield from _kept(module)
+
+
+def _kept(module: nn.Module) -> list[float]:
+    """Rates that the module keeps as plain numbers."""
+    return [v for n, v in vars(module).items() if "drop" in n and isinstance(v, float)]
 
 
 @functools.lru_cache(maxsize=4096)
 def _mentions(cls: type, name: str) -> bool:
     """Whether the source of a class reads the setting: `config.name`, `"name"`, `**config`."""
-    if cls.__module__.split(".")[0] == "torch":
-        return False
-    try:
-        source = inspect.getsource(cls)
-    except (OSError, TypeError):
-        return True
     holders = "|".join(_CONFIGS)
-    said = rf"\b(?:{holders})\b(?:\.\w+)*\.{name}\b|[\"']{name}[\"']|\*\*\w*(?:{holders})\b"
-    return re.search(said, source) is not None
+    whole = rf"\*\*(?:vars\()?(?:\w+\.)*(?:{holders})\b"  # **self.config, not **kwargs
+    said = rf"\b\w*(?:{holders})\b(?:\.\w+)*\.{name}\b|[\"']{name}[\"']|{whole}"
+    written = (c for c in cls.__mro__ if c.__module__.split(".")[0] not in ("torch", "builtins"))
+    return any(re.search(said, source) for source in map(_source, written))
+
+
+def _source(cls: type) -> str:
+    try:
+        return inspect.getsource(cls)
+    except (OSError, TypeError):
+        return "**config"  # unknown: it may read everything

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +13,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from regwrap import planning, record, sites
+from regwrap.errors import RegwrapError
 from regwrap.record import Entry
 from regwrap.terms import WeightTerm
+from regwrap.where import parse_where
 
 SEVERITIES = ("error", "warning", "info")
 
@@ -47,8 +51,9 @@ class Look:
         self.policy = planning.in_force(self.root)
         self.optimizer = optimizer
         self.loss = loss
-        self.nodes = [node for node in sites.nodes(self.root) if node.first]
-        self.marks = sites.author_marks(self.nodes)
+        tree = sites.nodes(self.root)
+        self.nodes = [node for node in tree if node.first]
+        self.marks = sites.author_marks(tree)
 
     @property
     def groups(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
@@ -74,6 +79,36 @@ class Look:
         """Whether `attach` has taken the entry over."""
         carried = getattr(record.read(self.module(entry)), "carried", None)
         return carried is not None and _mark(entry) in carried.by
+
+    @functools.cached_property
+    def unrecorded(self) -> list[Entry]:
+        """What the rules on the model would do now and the policy does not have."""
+        rules = [(rule.where, rule.term) for rule in record.read(self.root).rules]
+        try:
+            with warnings.catch_warnings():
+                # a where of which only the text is left matches nothing
+                warnings.simplefilter("ignore")
+                again = planning.draft(self.root, rules, strict=False).policy
+        except RegwrapError:
+            return []
+        there = {(e.path, e.site, repr(e.term)) for e in self.policy if e.mechanism}
+        # cleared by a rule of which only the text is left, such as a lambda's
+        there |= {(r["path"], r["site"], r["term"]) for r in self.policy.overridden()}
+        return [e for e in again if e.mechanism and (e.path, e.site, repr(e.term)) not in there]
+
+    @functools.cached_property
+    def left_out(self) -> set[str]:
+        """The paths beneath what a rule names with None."""
+        clears = [parse_where(where) for where, term in self.policy.rules if term is None]
+        named = [
+            n.path for n in self.nodes if any(w.selects_module(n.path, n.module) for w in clears)
+        ]
+        inside = tuple(f"{path}." for path in named if path)
+        return {
+            n.path
+            for n in self.nodes
+            if n.path in named or "" in named or n.path.startswith(inside)
+        }
 
     def in_loss(self, *kinds: type[WeightTerm]) -> list[Entry]:
         """Entries of these kinds on parameters that act through `reg_loss`, with a strength."""

@@ -78,7 +78,7 @@ def ending(root: nn.Module) -> Iterator[str]:
 
 def is_leaf(module: nn.Module) -> bool:
     """Whether the module has no children; parametrizations of its own weight are none."""
-    return not set(module._modules) - {"parametrizations"}
+    return all(name == "parametrizations" for name, _ in module.named_children())
 
 
 def _is_plain_leaf(owner: nn.Module, name: str) -> bool:
@@ -116,10 +116,11 @@ def _first(owner: nn.Module, name: str) -> str | None:
 
 @functools.lru_cache(maxsize=512)
 def _read(cls: type) -> Body:
-    reader = _Reader()
     tree = syntax(cls, "forward")
-    if tree is not None:
-        reader.visit(tree)
+    if tree is None or not (named := [*tree.args.posonlyargs, *tree.args.args]):
+        return Body()
+    reader = _Reader(named[0].arg)
+    reader.visit(tree)
     return reader.body
 
 
@@ -136,7 +137,8 @@ def syntax(cls: type, name: str) -> ast.FunctionDef | None:
 class _Reader(ast.NodeVisitor):
     """Follows outputs of children through a forward, statement by statement."""
 
-    def __init__(self) -> None:
+    def __init__(self, own: str) -> None:
+        self.own = own  # what the author calls self
         self.body = Body()
         self.held: dict[str, str | None] = {}
 
@@ -164,7 +166,7 @@ class _Reader(ast.NodeVisitor):
         if isinstance(node, ast.Name):
             return self.held.get(node.id)
         if isinstance(node, ast.Call):
-            child = _self_path(node.func)
+            child = self._path(node.func)
             inputs = [self._direct(a) for a in [*node.args, *(k.value for k in node.keywords)]]
             if child is None:
                 self._direct(node.func)
@@ -188,7 +190,7 @@ class _Reader(ast.NodeVisitor):
             keyed = zip(node.keys, node.values, strict=True)
             logits = [v for k, v in keyed if isinstance(k, ast.Constant) and k.value == "logits"]
             return self._behind(logits[0]) if logits else None
-        if isinstance(node, ast.Call) and _self_path(node.func) is None:
+        if isinstance(node, ast.Call) and self._path(node.func) is None:
             logits = [k.value for k in node.keywords if k.arg == "logits"]
             method = isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Call)
             receiver = [node.func.value] if method else []  # type: ignore[attr-defined]
@@ -198,12 +200,11 @@ class _Reader(ast.NodeVisitor):
     def _first_behind(self, nodes: list[ast.expr]) -> str | None:
         return self._behind(nodes[0]) if nodes else None
 
-
-def _self_path(node: ast.expr) -> str | None:
-    """`a.b` for the expression `self.a.b`."""
-    names: list[str] = []
-    while isinstance(node, ast.Attribute):
-        names.append(node.attr)
-        node = node.value
-    own = isinstance(node, ast.Name) and node.id == "self" and names
-    return ".".join(reversed(names)) if own else None
+    def _path(self, node: ast.expr) -> str | None:
+        """`a.b` for the expression `self.a.b`."""
+        names: list[str] = []
+        while isinstance(node, ast.Attribute):
+            names.append(node.attr)
+            node = node.value
+        own = isinstance(node, ast.Name) and node.id == self.own and names
+        return ".".join(reversed(names)) if own else None

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Iterator
 
 import torch
 from torch import nn
 
-from regwrap import planning, record, sites
-from regwrap.errors import RegwrapError
+from regwrap import record, sites
 from regwrap.findings.look import Finding, Look, by_rule, factor_now, listed, site_path
 from regwrap.findings.neighbours import neighbours
 from regwrap.record import Entry
-from regwrap.terms import L1, L2, Dropout, GroupLasso, WeightDecay, WeightTerm
+from regwrap.terms import L1, L2, Dropout, GroupLasso, Term, WeightDecay, WeightTerm
 from regwrap.where import shown
 
 _MUCH, _LITTLE = 0.5, 1e-6  # of the data loss
@@ -173,42 +171,58 @@ def keras(look: Look) -> Iterator[Finding]:
 
 def partial(look: Look) -> Iterator[Finding]:
     """A rule that reaches most layers of a family, not all: 25 of 30 `v_proj`."""
-    overridden = {(r["path"], r["rule"]) for r in look.policy.overridden()}
-    every = _families([n.path for n in look.nodes if _has_own(n.module)])
+    families = _families([n.path for n in look.nodes if _has_own(n.module)])
+    overridden = look.policy.overridden()
     for rule, (where, term) in enumerate(look.policy.rules):
+        if term is None:
+            continue
         reached = {e.path for e in look.policy if e.rule == rule}
-        reached |= {path for path, r in overridden if r == rule}
-        for family, paths in every.items():
-            left = [p for p in paths if p not in reached]
-            if term is not None and _is_most(len(paths) - len(left), len(paths)):
-                told = f"rule {rule} ({shown(where)!r}: {term!r}) reaches"
-                yield _partial(told, family, paths, left)
+        reached |= {row["path"] for row in overridden if row["rule"] == rule}
+        told = f"rule {rule} ({shown(where)!r}: {term!r}) reaches"
+        yield from _partial(told, families, reached, _accounted(look, term))
+
+
+def _accounted(look: Look, term: Term) -> set[str]:
+    """Layers with such a term of any rule, told of as replaced, or left out in words."""
+    same = {e.path for e in look.policy if e.term is not None and e.term.family == term.family}
+    return same | {e.path for e in look.unrecorded} | look.left_out
 
 
 def partly_adapted(look: Look) -> Iterator[Finding]:
     """Adapters (LoRA) on most layers of a family, not on all."""
-    adapted = {n.path for n in look.nodes if any("lora_" in c for c in n.module._modules)}
-    for family, paths in _families([n.path for n in look.nodes]).items():
-        left = [p for p in paths if p not in adapted]
-        if _is_most(len(paths) - len(left), len(paths)):
-            yield _partial("LoRA adapts", family, paths, left)
+    adapted = {
+        n.path for n in look.nodes if any("lora_" in c for c, _ in n.module.named_children())
+    }
+    yield from _partial("LoRA adapts", _families([n.path for n in look.nodes]), adapted, set())
 
 
-def _partial(who: str, family: str, paths: list[str], left: list[str]) -> Finding:
-    return Finding(
-        "partial-family",
-        "warning",
-        left[0],
-        f"{who} {len(paths) - len(left)} of {len(paths)} {family!r}, not {listed(left)}.",
-        f"Name all of them, with '**.{family}', or leave these out in words, with None.",
-    )
+def _partial(
+    who: str, families: list[tuple[str, list[str]]], reached: set[str], accounted: set[str]
+) -> Iterator[Finding]:
+    """One finding for all the families of which most, not all, are reached."""
+    missed = []
+    for family, paths in families:
+        left = [p for p in paths if p not in reached and p not in accounted]
+        count = sum(p in reached for p in paths)
+        if left and _is_most(count, len(paths)):
+            missed.append((family, f"{who} {count} of {len(paths)} {family!r}", left))
+    if missed:
+        (family, told, left), *others = missed
+        besides = f", and so of {listed(sorted({repr(f) for f, *_ in others}))}" if others else ""
+        yield Finding(
+            "partial-family",
+            "warning",
+            left[0],
+            f"{told}, not {listed(left)}{besides}.",
+            f"Name all of them, with '**.{family}', or leave these out in words, with None.",
+        )
 
 
 def _has_own(module: nn.Module) -> bool:
     return any(True for _ in sites.parameter_names(module))
 
 
-def _families(paths: list[str]) -> dict[str, list[str]]:
+def _families(paths: list[str]) -> list[tuple[str, list[str]]]:
     """Layers of one numbered stack that have the same last name."""
     stacks: dict[tuple[str, str], list[str]] = {}
     for path in paths:
@@ -216,7 +230,7 @@ def _families(paths: list[str]) -> dict[str, list[str]]:
         if last and not last.isdigit() and re.search(r"\.?\d+\.", path):
             stack = re.split(r"(?:^|\.)\d+\.", path)[0]
             stacks.setdefault((stack, last), []).append(path)
-    return {f"{last}": paths for (_, last), paths in stacks.items()}
+    return [(last, members) for (_, last), members in stacks.items()]
 
 
 def _is_most(reached: int, whole: int) -> bool:
@@ -226,24 +240,13 @@ def _is_most(reached: int, whole: int) -> bool:
 
 def replaced(look: Look) -> Iterator[Finding]:
     """Modules that came after regularize: the rules would reach them, and do not."""
-    rules = [(rule.where, rule.term) for rule in record.read(look.root).rules]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # a where of which only the text is left matches nothing
-            again = planning.draft(look.root, rules, strict=False).policy
-    except RegwrapError:
-        return
-    there = {(e.path, e.site, e.term) for e in look.policy if e.mechanism}
-    new = [e for e in again if e.mechanism and (e.path, e.site, e.term) not in there]
-    for entries in by_rule(new):
+    for entries in by_rule(look.unrecorded):
         yield Finding(
             "replaced",
             "error",
             site_path(entries[0]),
-            f"{listed(map(site_path, entries))}: {entries[0].term!r} would act there and does not, "
-            "because the module came after regularize.",
+            f"{listed(map(site_path, entries))}: the module came after regularize, and the policy "
+            f"has no {entries[0].term!r} there.",
             "Call regularize again with the same rules.",
         )
 

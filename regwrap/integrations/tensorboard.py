@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from regwrap import sites, table
 from regwrap.api import policy
 from regwrap.findings.look import factor_now, site_path
+from regwrap.graph import is_dropout
 from regwrap.penalty import penalties, reg_loss
+from regwrap.planning.dropouts import rate_of
 from regwrap.record import Entry
 from regwrap.terms import Dropout, WeightTerm
 
@@ -29,8 +31,9 @@ class Writer(Protocol):
 def log_policy(writer: Writer, model: nn.Module, step: int) -> None:
     """Writes what acts on the model now; for every epoch rather than for every step.
 
-    Tags: `regwrap/reg_loss`, `regwrap/penalty/<site>`, `regwrap/sparsity/<site>` (the share of
-    exact zeros), `regwrap/dropout/<path>`, and the policy table as text, `regwrap/policy`.
+    Tags: `regwrap/reg_loss`, `regwrap/penalty/<site>` (also of what an optimizer carries, which
+    `reg_loss` leaves out), `regwrap/sparsity/<site>` (the share of exact zeros),
+    `regwrap/dropout/<path>`, and the policy table as text, `regwrap/policy`.
 
     Args:
         writer: a `SummaryWriter`.
@@ -46,7 +49,7 @@ def _scalars(model: nn.Module) -> Iterator[tuple[str, float]]:
     root = sites.unwrap(model)
     with torch.no_grad():
         yield "reg_loss", reg_loss(model).item()
-        for site, value in penalties(model).items():
+        for site, value in penalties(model, attached=True).items():
             yield f"penalty/{site}", value.item()
         for path, tensor in _penalised(root, policy(model)).items():
             yield f"sparsity/{path}", (tensor == 0).float().mean().item()
@@ -64,14 +67,21 @@ def _penalised(root: nn.Module, entries: Iterable[Entry]) -> dict[str, Tensor]:
 
 
 def _dropouts(root: nn.Module, entries: Iterable[Entry]) -> Iterator[tuple[str, float]]:
-    """The rates of the policy's dropouts and of the model's own."""
-    ruled = {e.path: _rate_now(root, e) for e in entries if isinstance(e.term, Dropout)}
+    """The rates of the policy's dropouts and of the model's own, those in attributes too."""
+    acting = (e for e in entries if isinstance(e.term, Dropout) and e.mechanism)
+    ruled = {e.path: _rate_now(root, e) for e in acting}
     for path, module in root.named_modules():
-        own = getattr(module, "p", None) if "drop" in type(module).__name__.lower() else None
         mine = path.rpartition(".")[2].startswith("regwrap_dropout")  # under its layer's path
-        rate = ruled.get(path, None if mine else own)
-        if isinstance(rate, float | int):
-            yield f"dropout/{path}", float(rate)
+        rate = ruled.get(path, None if mine else _own_rate(module))
+        if rate is not None:
+            yield f"dropout/{path}", rate
+
+
+def _own_rate(module: nn.Module) -> float | None:
+    """The rate of a dropout, and one above 0 that another module keeps, as attention does."""
+    name = rate_of(module)
+    rate = None if name is None else float(getattr(module, name))
+    return rate or (rate if is_dropout(module) else None)
 
 
 def _rate_now(root: nn.Module, entry: Entry) -> float:
