@@ -80,6 +80,12 @@ def inserted(module: nn.Module) -> tuple[str, ...]:
     return () if made is None else made.names
 
 
+def rewritten(module: nn.Module) -> dict[str, float]:
+    """The children behind or before whose calls a rewrite of ours put dropouts, with the rates."""
+    made = getattr(type(module), graph.MADE, None)
+    return {} if made is None else {insert.child: insert.p for insert in made.inserts}
+
+
 def children(module: nn.Module) -> list[nn.Module]:
     """The module's own children, as its author knows them."""
     named = module._modules.items()

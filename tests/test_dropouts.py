@@ -997,6 +997,18 @@ def test_a_call_that_fails_half_way_leaves_the_model_as_it_was(
     assert repr(plain) == repr(model)
 
 
+def test_a_dropout_whose_layer_was_replaced_is_told_of() -> None:
+    model = put(Plain(), {"a": Dropout(0.5)})
+    model.a = nn.Linear(8, 16)
+    assert not torch.equal(model(data()), model(data()))  # it is in the code of the owner
+    (told,) = [r["note"] for r in policy(model).rows() if r["path"] == "a"]
+    assert told.startswith("a Dropout of rate 0.5 for the layer that was here before acts still")
+    put(model, {"a": Dropout(0.25)})
+    assert [r["note"] for r in policy(model).rows() if r["path"] == "a"] == [""]
+    unregularize(model)
+    assert torch.equal(model(data()), model(data()))
+
+
 # ---- a module beneath the owner --------------------------------------------------------------
 
 

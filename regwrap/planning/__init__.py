@@ -14,7 +14,7 @@ from regwrap.planning.checks import check, l2sp, start_of
 from regwrap.planning.claims import Claim, Claims, load
 from regwrap.planning.deeds import carry_out
 from regwrap.planning.dropouts import warn_of_outputs
-from regwrap.planning.entries import draw_policy
+from regwrap.planning.entries import draw_policy, with_leftovers
 from regwrap.planning.reach import Reach, reach, unmatched
 from regwrap.planning.rules import parse_rules
 from regwrap.planning.survey import Key, Survey
@@ -78,4 +78,4 @@ def in_force(model: nn.Module) -> Policy:
     """The policy that lies on the model."""
     survey = Survey(model)
     rules, claims = load(survey)
-    return draw_policy(survey, claims, rules)
+    return with_leftovers(draw_policy(survey, claims, rules), survey)

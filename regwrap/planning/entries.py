@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 from torch import nn
@@ -46,6 +47,39 @@ def draw_policy(survey: Survey, claims: Claims, rules: list[Rule]) -> Policy:
     total = sum(elements(site) for site in survey.sites.values())
     pairs = tuple((rule.where, rule.term) for rule in rules)
     return Policy(tuple(lines), pairs, tuple(replaced), layers, total, covered)
+
+
+def with_leftovers(policy: Policy, survey: Survey) -> Policy:
+    """The policy, which says where a Dropout acts still whose layer has been replaced."""
+    left = dict(_leftovers(survey))
+    if not left:
+        return policy
+    lines = (
+        dataclasses.replace(line, note="; ".join(filter(None, (line.note, left.get(line.path)))))
+        for line in policy.lines
+    )
+    return dataclasses.replace(policy, lines=tuple(lines))
+
+
+def _leftovers(survey: Survey) -> Iterator[tuple[str, str]]:
+    for node in survey.firsts():
+        for child, rate in sites.rewritten(node.module).items():
+            path = f"{node.path}.{child}" if node.path else child
+            layer = _found(survey.model, path)
+            if layer is not None and not any(map(_has_fx_mark, layer.modules())):
+                told = f"a Dropout of rate {rate:g} for the layer that was here before acts still"
+                yield path, f"{told}: call regularize again"
+
+
+def _found(model: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:  # taken out since
+        return None
+
+
+def _has_fx_mark(module: nn.Module) -> bool:
+    return any(mark.mechanism == "fx" for mark in record.read(module).marks)
 
 
 def _when_lost(claim: Claim) -> tuple[int, int]:
