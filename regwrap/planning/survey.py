@@ -64,12 +64,18 @@ class Survey:
             site.paths.append(join(node.path, name))
 
     @functools.cached_property
-    def _verdicts(self) -> dict[str, graph.Verdict]:
+    def _of_linears(self) -> dict[str, graph.Verdict]:
+        # apart: the more names are asked about, the more code may be talking of them
+        return graph.survey(self.model)
+
+    @functools.cached_property
+    def _of_all(self) -> dict[str, graph.Verdict]:
         return graph.survey(self.model, lambda module: True)
 
     def verdict(self, module: nn.Module) -> graph.Verdict | None:
         """Who calls the module, as far as the code can be read; None for the model itself."""
-        return self._verdicts.get(self.names[id(module)][0])
+        verdicts = self._of_linears if graph.is_linear(module) else self._of_all
+        return verdicts.get(self.names[id(module)][0])
 
     def is_output(self, module: nn.Module) -> bool:
         """Whether what the module returns is what the model returns, for all that can be read."""
