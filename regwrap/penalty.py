@@ -281,7 +281,7 @@ def _notice_lost(root: nn.Module, found: list[nn.Module]) -> None:
     if lost:
         warnings.warn(
             f"Modules of {type(root).__name__} that had a policy have been replaced since "
-            f"regularize ({lost} of them): their penalties and dropouts are gone; "
+            f"regularize ({lost} of them): their penalties and hooks are gone; "
             "call regularize again.",
             RegwrapWarning,
             stacklevel=4,

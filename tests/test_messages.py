@@ -446,7 +446,7 @@ def test_modules_that_were_replaced() -> None:
     model[0] = nn.Linear(2, 2)
     text = (
         "Modules of Sequential that had a policy have been replaced since regularize (1 of them): "
-        "their penalties and dropouts are gone; call regularize again."
+        "their penalties and hooks are gone; call regularize again."
     )
     assert heard(lambda: rw.reg_loss(model)) == [text]
     assert heard(lambda: rw.reg_loss(model)) == []
