@@ -852,3 +852,16 @@ def test_a_module_that_is_never_called_is_refused() -> None:
     )
     with pytest.raises(rw.PolicyError, match=re.escape(wanted)):
         rw.regularize(model, {"experts": L2(1.0, on="output")})
+
+
+def test_a_parameter_s_own_name_means_the_parameter_and_no_output() -> None:
+    model = rw.regularize(
+        nn.Sequential(nn.Linear(2, 3), nn.ReLU()), {"0.bias": L2(0.5, on="output")}
+    )
+    model(torch.ones(4, 2))
+    want = 0.25 * model[0].bias.square().sum()
+    assert list(rw.penalties(model)) == ["0.bias"]
+    torch.testing.assert_close(rw.reg_loss(model), want)
+    rw.regularize(model, {"0": L2(0.1, on="output"), "0.bias": L2(0.2)})
+    model(torch.ones(4, 2))
+    assert list(rw.penalties(model)) == ["0.bias", "0:output"]

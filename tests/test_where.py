@@ -186,6 +186,7 @@ def test_what_a_selector_reaches(where: Any, expected: list[str] | None) -> None
 def test_what_is_named_itself_is_reached_whatever_on_says() -> None:
     assert reached("head.bias", L2(0.1, on="weight")) == ["head.bias"]
     assert reached("head.weight", L1(0.1, on="bias")) == ["head.weight"]
+    assert reached("head.bias", L2(0.1, on="output")) == ["head.bias"]
     assert reached("head", L2(0.1, on="bias")) == ["head.bias"]
     assert reached("head", L2(0.1, on="all")) == ["head.weight", "head.bias"]
     assert reached("**.norm.weight") == [f"blocks.{i}.norm.weight" for i in range(12)]

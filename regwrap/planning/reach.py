@@ -66,7 +66,7 @@ def claim_parameters(survey: Survey, claims: Claims, rule: Rule, reach: Reach) -
     """Gives a term for parameters those that it reaches; returns how many."""
     assert isinstance(rule.term, WeightTerm | WeightDecay | MaxNorm | DropConnect)
     on = rule.term.on
-    if on == OUTPUT:
+    if on == OUTPUT and (reach.named or not reach.parameters):
         return _claim_outputs(survey, claims, rule, reach)
     reached = [
         (node.module, name)
@@ -78,7 +78,8 @@ def claim_parameters(survey: Survey, claims: Claims, rule: Rule, reach: Reach) -
         if not can_be_penalised(node.module, name):
             raise PolicyError(_no_gradient(rule, join(node.path, name), node.module, name))
         reached.append((node.module, name))
-    _check_called(survey, rule, [module for module, _ in reached])
+    if getattr(rule.term, "when", "always") == "called":
+        _check_called(survey, rule, [module for module, _ in reached])
     owners: dict[Key, dict[tuple[int, str], Owner]] = {}  # of a tied parameter several
     for module, name in reached:
         held = owners.setdefault(survey.keys[id(module)][name], {})
@@ -116,8 +117,7 @@ def _claim_outputs(survey: Survey, claims: Claims, rule: Rule, reach: Reach) -> 
 
 def _check_called(survey: Survey, rule: Rule, modules: list[nn.Module]) -> None:
     """Refuses a term that waits for calls where none can come."""
-    waits = getattr(rule.term, "on", None) == OUTPUT or getattr(rule.term, "when", "") == "called"
-    if waits and modules and not any(map(survey.is_called, modules)):
+    if modules and not any(map(survey.is_called, modules)):
         raise PolicyError(
             f"Rule ({shown(rule.where)!r}: {rule.term!r}) reaches only modules that are never "
             f"called in {class_name(survey.model)}: they have no forward of their own, or a "

@@ -235,7 +235,7 @@ def _penalties(module: nn.Module, output: Any) -> Values:
 
 def _output_terms(module: nn.Module) -> Iterator[Timed]:
     for mark in record.read(module).marks:
-        if isinstance(mark.term, Timed) and mark.term.on == "output":
+        if isinstance(mark.term, Timed) and mark.term.on == mark.site == "output":
             yield mark.term
 
 
