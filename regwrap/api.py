@@ -10,6 +10,7 @@ from torch import nn
 
 from regwrap import figures, penalty, planning, sites, surgery, table
 from regwrap.errors import brief
+from regwrap.optimizers import carriers
 from regwrap.record import Policy
 
 M = TypeVar("M", bound=nn.Module)
@@ -77,7 +78,7 @@ def summary(
     in_force = planning.in_force(root)
     extra: dict[str, Any] = {"collapse": collapse}
     if optimizer is not None:
-        extra["decay"] = figures.decay(root, optimizer)
+        extra["decay"] = figures.decay(root, carriers.readable(optimizer, "summary"))
     if values:
         extra["values"] = figures.values(root, in_force)
         extra["footer"] = [f"reg_loss = {penalty.reg_loss(root).item():.6g}"]

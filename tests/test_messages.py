@@ -471,3 +471,10 @@ def test_a_dropout_after_something_was_compiled(monkeypatch: pytest.MonkeyPatch)
     assert heard(lambda: rw.regularize(nn.Linear(2, 2), Dropout(0.5))) == [text]
     torch.compile(nn.Linear(2, 2), backend="eager")(torch.ones(1, 2))
     assert heard(lambda: rw.regularize(nn.Linear(2, 2), Dropout(0.5))) == []
+
+
+@pytest.mark.parametrize("name", ["summary", "doctor"])
+def test_an_optimizer_that_is_none(name: str) -> None:
+    text = f"{name}(model, optimizer) needs a torch.optim.Optimizer, not 3 of type int."
+    with pytest.raises(TypeError, match=re.escape(text)):
+        getattr(rw, name)(nn.Linear(2, 2), optimizer=3)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from regwrap.findings import decay, dropouts, strengths
 from regwrap.findings.look import SEVERITIES, Finding, Look
+from regwrap.optimizers import carriers
 
 __all__ = ["Finding", "doctor"]
 
@@ -51,8 +52,9 @@ def doctor(
         optimizer: the one that trains it; without it nothing is said about weight decay.
         loss: a typical data loss, needed for findings about magnitudes.
     """
+    held = None if optimizer is None else carriers.readable(optimizer, "doctor")
     typical = None if loss is None else float(loss)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        look = Look(model, optimizer, typical)
+        look = Look(model, held, typical)
         found = [finding for check in _CHECKS for finding in check(look)]
     return sorted(found, key=lambda finding: SEVERITIES.index(finding.severity))

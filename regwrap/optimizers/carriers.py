@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -27,11 +29,26 @@ def unwrap(optimizer: object) -> Optimizer:
         if name is not None:
             return unwrap(getattr(optimizer, name))
     if not isinstance(optimizer, Optimizer):
-        raise TypeError(
-            "attach(model, optimizer) needs a torch.optim.Optimizer, not "
-            f"{optimizer!r} of type {type(optimizer).__name__}."
-        )
+        raise _no_optimizer("attach", optimizer)
     return optimizer
+
+
+def readable(optimizer: Any, name: str) -> Optimizer:
+    """The optimizer or any wrapper of one, whose parameter groups `name` is going to read.
+
+    Raises:
+        TypeError: for what has none.
+    """
+    if not isinstance(getattr(optimizer, "param_groups", None), list):
+        raise _no_optimizer(name, optimizer)
+    return optimizer  # type: ignore[no-any-return]
+
+
+def _no_optimizer(name: str, found: object) -> TypeError:
+    return TypeError(
+        f"{name}(model, optimizer) needs a torch.optim.Optimizer, not "
+        f"{found!r} of type {type(found).__name__}."
+    )
 
 
 def refuse(optimizer: Optimizer) -> None:
