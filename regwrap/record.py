@@ -232,6 +232,10 @@ class Entry:
         return row | {"term": None if self.term is None else repr(self.term)}
 
 
+Layer = tuple[str, tuple[tuple[tuple[int, ...], ...], ...]]
+"""A layer's path, and the shapes behind each of its parameters."""
+
+
 @dataclass(frozen=True)
 class Policy:
     """The ordered, immutable set of entries: what will act on a model, or what does.
@@ -242,8 +246,8 @@ class Policy:
     lines: tuple[Entry, ...]
     rules: tuple[tuple[object, Term | None], ...]
     replaced: tuple[Entry, ...]
-    layers: int
-    """Layers with parameters of their own."""
+    layers: tuple[Layer, ...]
+    """Layers with parameters of their own, and the shapes of these."""
     parameters: int
     """Elements of all parameters of the model, each once."""
     covered: int
@@ -290,12 +294,12 @@ class Policy:
         percent = round(100 * self.covered / self.parameters) if self.parameters else 0
         share = f" ({percent if whole else min(percent, 99)}%)" if self.parameters else ""
         footer = (
-            f"{len(covered)} of {self.layers} layers and {self.covered:,} of {self.parameters:,} "
-            f"parameters{share} covered",
+            f"{len(covered)} of {len(self.layers)} layers and {self.covered:,} of "
+            f"{self.parameters:,} parameters{share} covered",
             table.CONVENTION,
             *figures.pop("footer", ()),
         )
-        return table.Sheet(self.rows(), self.counts(), footer, **figures)
+        return table.Sheet(self.rows(), self.counts(), footer, dict(self.layers), **figures)
 
     def __rich__(self) -> Any:
         return table.draw(self.sheet())

@@ -31,6 +31,8 @@ class Sheet:
     rows: Sequence[Row]
     counts: Sequence[Row] = ()
     footer: Sequence[str] = ()
+    shapes: Mapping[str, object] = field(default_factory=dict)
+    """What a layer's parameters are shaped as, by its path: layers that differ do not collapse."""
     decay: Mapping[str, str] | None = None
     """Weight decay by layer path."""
     values: Mapping[tuple[str, str], tuple[float, float]] | None = None
@@ -48,6 +50,7 @@ class _Line:
     acts: tuple[_Act, ...]
     decay: str
     note: str
+    shapes: object
     numbers: tuple[tuple[float, float], ...] = field(default=(), compare=False)
 
 
@@ -293,6 +296,7 @@ def _line(path: str, rows: list[Row], sheet: Sheet) -> _Line:
         acts=tuple(map(_act, acting)),
         decay=(sheet.decay or {}).get(path, ""),
         note=_printable("; ".join(notes)),
+        shapes=sheet.shapes.get(path),
         numbers=tuple(values[site] for site in sites if site in values),
     )
 

@@ -360,6 +360,14 @@ def test_layers_that_differ_do_not_collapse(model: nn.Module) -> None:
     assert len(table_paths(printed(model, collapse=False))) > 48
 
 
+@pytest.mark.parametrize("rule", [L2(0.1), Dropout(0.1, at="input"), None])
+def test_layers_of_other_shapes_do_not_collapse(rule: Any) -> None:
+    sizes = [(2, 3), (3, 2), (2, 3)]
+    model = nn.Sequential(*(nn.Linear(n, m, bias=False) for n, m in sizes))
+    paths = table_paths(printed(rw.regularize(model, {"": rule})))
+    assert paths == ["{0,2} x2", "1"]
+
+
 # ---- reading nothing -------------------------------------------------------------------------
 
 

@@ -18,8 +18,9 @@ from regwrap.planning.survey import (
     can_be_penalised,
     class_name,
     elements,
+    shapes,
 )
-from regwrap.record import Entry, Policy, Rule
+from regwrap.record import Entry, Layer, Policy, Rule
 from regwrap.sites import Node
 from regwrap.terms import MaxNorm
 
@@ -30,7 +31,7 @@ def draw_policy(survey: Survey, claims: Claims, rules: list[Rule]) -> Policy:
     lines: list[Entry] = []
     replaced: list[Entry] = []
     covered = 0
-    layers = 0
+    layers: list[Layer] = []
     gone = _gone(claims)
     for node in survey.firsts():
         mine: list[Entry] = []
@@ -42,11 +43,12 @@ def draw_policy(survey: Survey, claims: Claims, rules: list[Rule]) -> Policy:
             lost = sorted(claims.lost.get(key, ()), key=_when_lost)
             replaced += [_entry(survey, node, key, name, claim, order) for claim in lost]
         own = survey.keys[id(node.module)]
-        layers += bool(own)
+        if own:
+            layers.append((node.path, tuple(shapes(survey.sites[key]) for key in own.values())))
         lines += mine or ([_bare(survey, node)] if own else [])
     total = sum(elements(site) for site in survey.sites.values())
     pairs = tuple((rule.where, rule.term) for rule in rules)
-    return Policy(tuple(lines), pairs, tuple(replaced), layers, total, covered)
+    return Policy(tuple(lines), pairs, tuple(replaced), tuple(layers), total, covered)
 
 
 def with_leftovers(policy: Policy, survey: Survey) -> Policy:

@@ -138,10 +138,19 @@ def can_be_penalised(module: nn.Module, name: str) -> bool:
 
 def elements(site: Site) -> int:
     """Elements of the parameters behind a site, 0 while they are lazy."""
+    return sum(t.numel() for t in _behind(site))
+
+
+def shapes(site: Site) -> tuple[tuple[int, ...], ...]:
+    """Shapes of the parameters behind a site, none while they are lazy."""
+    return tuple(tuple(t.shape) for t in _behind(site))
+
+
+def _behind(site: Site) -> list[Tensor]:
     stored = sites.stored(*site.owners[0])
     if sites.is_factored(*site.owners[0]):
-        stored = stored[:1]  # W = U * V has as many elements as W
-    return sum(0 if sites.is_lazy(t) else t.numel() for t in stored)
+        stored = stored[:1]  # W = U * V is shaped as U is
+    return [t for t in stored if not sites.is_lazy(t)]
 
 
 def class_name(module: nn.Module) -> str:
