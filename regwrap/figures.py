@@ -12,20 +12,24 @@ from regwrap import sites
 from regwrap.penalty import penalties
 from regwrap.record import Policy
 
-Values = dict[tuple[str, str], tuple[float, float]]
+Values = dict[tuple[str, str], tuple[float | None, float]]
 
 
 def values(root: nn.Module, policy: Policy) -> Values:
-    """The 2-norm and the penalty now of every penalised parameter, by layer path and site."""
+    """The 2-norm (of an output none) and the penalty now of every site, in the loss or the step."""
     told: Values = {}
     with torch.no_grad():
-        now = penalties(root)
+        now = penalties(root, attached=True)
         for entry in policy:
-            key = f"{entry.path}.{entry.site}" if entry.path else str(entry.site)
-            if key in now and entry.site is not None:
-                tensor = sites.read(root.get_submodule(entry.path), entry.site)
+            layer, site = root.get_submodule(entry.path), str(entry.site)
+            on_output = f"{entry.path}:{site}"
+            if entry.shape is not None:
+                key = f"{entry.path}.{site}" if entry.path else site
+                tensor = sites.read(layer, site)
                 norm = 0.0 if tensor is None else _norm2(tensor)
-                told[entry.path, entry.site] = (norm, now[key].item())
+                told[entry.path, site] = (norm, float(now.get(key, 0.0)))
+            elif on_output in now:
+                told[entry.path, site] = (None, float(now[on_output]))
     return told
 
 

@@ -290,11 +290,12 @@ class Policy:
     def sheet(self, **figures: Any) -> table.Sheet:
         """The policy as a table that shows these figures besides."""
         covered = {e.path for e in self.entries if e.mechanism is not None}
+        layers = {line.path for line in self.lines}
         whole = self.covered == self.parameters
         percent = round(100 * self.covered / self.parameters) if self.parameters else 0
         share = f" ({percent if whole else min(percent, 99)}%)" if self.parameters else ""
         footer = (
-            f"{len(covered)} of {len(self.layers)} layers and {self.covered:,} of "
+            f"{len(covered)} of {len(layers)} layers and {self.covered:,} of "
             f"{self.parameters:,} parameters{share} covered",
             table.CONVENTION,
             *figures.pop("footer", ()),

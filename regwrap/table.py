@@ -16,6 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 Row = Mapping[str, Any]
+Figures = tuple[float | None, float]
+"""A site's 2-norm, of an output none, and its penalty."""
 
 CONVENTION = "L2(s) = s/2 * sum(w^2)"
 _ROOT = "(model)"
@@ -35,7 +37,7 @@ class Sheet:
     """What a layer's parameters are shaped as, by its path: layers that differ do not collapse."""
     decay: Mapping[str, str] | None = None
     """Weight decay by layer path."""
-    values: Mapping[tuple[str, str], tuple[float, float]] | None = None
+    values: Mapping[tuple[str, str], Figures] | None = None
     """2-norm and penalty by layer path and site."""
     collapse: bool = True
 
@@ -51,7 +53,7 @@ class _Line:
     decay: str
     note: str
     shapes: object
-    numbers: tuple[tuple[float, float], ...] = field(default=(), compare=False)
+    numbers: tuple[Figures, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)
@@ -246,13 +248,11 @@ def _broken(path: str, width: int) -> str:
     return "\n".join(lines)
 
 
-def _figures(numbers: Sequence[tuple[float, float]]) -> tuple[str, str]:
+def _figures(numbers: Sequence[Figures]) -> tuple[str, str]:
     """The norms' range and the penalties' sum."""
-    if not numbers:
-        return "", ""
-    norms = sorted(norm for norm, _ in numbers)
-    low, high = f"{norms[0]:.4g}", f"{norms[-1]:.4g}"
-    return low if low == high else f"{low} .. {high}", f"{sum(p for _, p in numbers):.4g}"
+    norms = sorted(norm for norm, _ in numbers if norm is not None)
+    ends = dict.fromkeys(f"{norm:.4g}" for norm in (*norms[:1], *norms[-1:]))
+    return " .. ".join(ends), f"{sum(p for _, p in numbers):.4g}" if numbers else ""
 
 
 def _grid(rows: Sequence[tuple[str, ...]], options: ConsoleOptions, style: str = "") -> Table:

@@ -141,6 +141,21 @@ def test_values_under_half_precision_and_of_a_parametrized_weight() -> None:
     assert "effective value" in text
 
 
+def test_values_of_outputs_and_of_what_an_optimizer_carries() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+    rw.regularize(model, {"0": L2(1.0), "1": L1(0.5, on="output"), "2": rw.MaxNorm(1.0)})
+    rw.attach(model, torch.optim.SGD(model.parameters(), 0.1))
+    activity = 0.5 * model[:2](torch.ones(4, 2)).sum() / 4
+    model(torch.ones(4, 2))
+    text = printed(model, values=True)
+    square = model[0].weight.square().sum().item()
+    shown = [square**0.5, square / 2, model[2].weight.norm().item(), 0.0]
+    told = [float(cell) for path in ("0 ", "2 ") for cell in row(text, path).split(" | ")[-2:]]
+    assert told == pytest.approx(shown, rel=1e-3)
+    assert float(row(text, "1 ").split(" | ")[-1]) == pytest.approx(activity.item(), rel=1e-3)
+    assert "3 of 3 layers" in text
+
+
 def test_weight_decay_of_an_optimizer(model: nn.Module) -> None:
     optimizer = torch.optim.AdamW(rw.param_groups(model, weight_decay=0.02))
     optimizer.param_groups[0]["params"].remove(model.embed.weight)
