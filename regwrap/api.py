@@ -74,6 +74,17 @@ def summary(
         values: shows each weight's 2-norm and penalty, and `reg_loss` (reads the tensors).
         collapse: shows layers of equal shape and policy in a numbered stack as one row.
     """
+    table.show(sheet(model, optimizer=optimizer, values=values, collapse=collapse), console)
+
+
+def sheet(
+    model: nn.Module,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    values: bool = False,
+    collapse: bool = True,
+) -> table.Sheet:
+    """What `summary` prints, for any form of it."""
     root = penalty.settled(model)
     in_force = planning.in_force(root)
     extra: dict[str, Any] = {"collapse": collapse}
@@ -82,11 +93,11 @@ def summary(
     if values:
         extra["values"] = figures.values(root, in_force)
         extra["footer"] = [f"reg_loss = {penalty.reg_loss(root).item():.6g}"]
-    sheet = in_force.sheet(**extra)
+    shown = in_force.sheet(**extra)
     if not in_force.rules:
         note = "no policy: this is what regularizes the model of its own"
-        sheet = dataclasses.replace(sheet, rows=figures.existing(root), footer=[note])
-    table.show(sheet, console)
+        shown = dataclasses.replace(shown, rows=figures.existing(root), footer=[note])
+    return shown
 
 
 def _module(model: object, rules: object, name: str) -> nn.Module:

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from regwrap import config, difference, figures, penalty, table
-from regwrap.api import policy, regularize, summary, unregularize
+from regwrap.api import policy, regularize, sheet, summary, unregularize
 from regwrap.findings import doctor
 
 FINE, FOUND, FAILED = 0, 1, 2
@@ -115,8 +115,9 @@ def _shape(text: str) -> torch.Tensor:
 def _show(options: argparse.Namespace) -> int:
     model, optimizer = _load(options)
     if options.html is not None:
+        page = _page(sheet(model, optimizer=optimizer, values=options.values), options.target)
         with _attempt(f"{options.html} cannot be written"):
-            options.html.write_text(_page(model, options), encoding="utf-8")
+            options.html.write_text(page, encoding="utf-8")
     if options.json:
         _print_json(_with_values(model) if options.values else policy(model).rows())
     else:
@@ -124,12 +125,10 @@ def _show(options: argparse.Namespace) -> int:
     return FINE
 
 
-def _page(model: nn.Module, options: argparse.Namespace) -> str:
-    extra = {"values": figures.values(model, policy(model))} if options.values else {}
-    drawn = table.html(policy(model).sheet(**extra))
+def _page(shown: table.Sheet, target: str) -> str:
     return (
         f"<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
-        f"<title>regwrap: {options.target}</title></head>\n<body>{drawn}</body></html>\n"
+        f"<title>regwrap: {target}</title></head>\n<body>{table.html(shown)}</body></html>\n"
     )
 
 

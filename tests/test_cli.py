@@ -1,8 +1,10 @@
 # ruff: noqa: E501 a message stands on one line, as it is printed
 """The shell: what it prints, where, and with which exit status."""
 
+import html
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -124,6 +126,15 @@ def test_show_html(capsys, target, tmp_path):
     assert page.startswith("<!doctype html>")
     assert "L2(0.0001)" in page
     assert "L2(0.0001)" in out
+
+
+@pytest.mark.parametrize("what", ["decayed", "plain"])
+def test_the_html_page_shows_what_the_terminal_does(capsys, target, tmp_path, what):
+    _, out, _ = run(capsys, "show", f"{target}:{what}", "--values", "--html", "page.html")
+    page = html.unescape(re.sub("<[^>]*>", "", (tmp_path / "page.html").read_text()))
+    lines = [line.strip() for line in out.splitlines() if line.strip() and "talks" not in line]
+    assert len(lines) > 4
+    assert [line for line in lines if line not in page] == []
 
 
 def test_rules_and_a_module_in_place_of_a_factory(capsys, target, tmp_path):
