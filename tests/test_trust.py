@@ -382,3 +382,10 @@ def test_no_warning_of_ours_is_told() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert verify(regularize(Net(), RULES), data()).ok
+
+
+def test_a_model_whose_penalties_an_optimizer_carries_passes() -> None:
+    model = regularize(Net(), RULES)
+    attachment = rw.attach(model, torch.optim.SGD(model.parameters(), 0.1))
+    assert failed(verify(model, data())) == []
+    attachment.remove()
