@@ -1,5 +1,6 @@
 """Regularize a PyTorch model that exists already, see what acts where, and take it all back."""
 
+from regwrap import recipes as recipes  # regwrap.recipes.vit(), without an import of its own
 from regwrap.api import plan, policy, regularize, summary, unregularize
 from regwrap.config import load_rules, rules_from_dicts, rules_to_dicts, save_rules
 from regwrap.decorator import regularized
