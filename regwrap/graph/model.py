@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 
 from regwrap.graph.classes import NOT_RUN, read_words, roots_of, words_of
-from regwrap.graph.names import INTROSPECTION, is_from, names_of
+from regwrap.graph.names import INTROSPECTION, is_from, may_call_any, names_of
 from regwrap.graph.owner import LOCK, Facts, facts
 from regwrap.graph.strays import Above, Strays, strays_of
 from regwrap.graph.verdicts import Site, Verdict
@@ -34,7 +34,7 @@ def survey(model: nn.Module, wanted: Callable[[nn.Module], bool] = is_linear) ->
         read_words({type(m) for m in model.modules()})
         live = _live_members(model)
         strays = strays_of(model)
-        read = _Reader(interest, live)
+        read = _Reader(interest, _kept_code(above), live)
         return {
             path: _judge(path, layer, ways, read, strays) for path, (layer, ways) in above.items()
         }
@@ -90,6 +90,30 @@ def _interests(above: dict[str, tuple[nn.Module, list[Above]]]) -> dict[int, fro
     return {i: frozenset(names) for i, names in found.items()}
 
 
+def _kept_code(above: dict[str, tuple[nn.Module, list[Above]]]) -> dict[int, frozenset[str]]:
+    """For each module above a layer its attributes with code that may call what lies elsewhere."""
+    modules: dict[int, nn.Module] = {}
+    beneath: dict[int, dict[str, set[str]]] = {}
+    for _, ways in above.values():
+        for way in ways:
+            modules[id(way.module)] = way.module
+            by_child = beneath.setdefault(id(way.module), {})
+            by_child.setdefault(way.child.partition(".")[0], set()).add(way.local)
+    return {i: frozenset(_attributes_calling(m, beneath[i])) for i, m in modules.items()}
+
+
+def _attributes_calling(module: nn.Module, beneath: dict[str, set[str]]) -> Iterator[str]:
+    for attribute, value in (*vars(module).items(), *module._modules.items()):
+        if attribute not in _TABLES:
+            elsewhere = (names for child, names in beneath.items() if child != attribute)
+            others = frozenset[str]().union(*elsewhere)
+            if others and may_call_any(value, others):
+                yield attribute
+
+
+_TABLES = frozenset(vars(nn.Module()))
+
+
 def _live_members(model: nn.Module) -> dict[type, frozenset[str]]:
     """For each class the members that code of the model may reach, by name."""
     classes = {type(m) for m in model.modules()}
@@ -142,6 +166,7 @@ class _Reader:
     """Reads every module above a layer once."""
 
     interest: dict[int, frozenset[str]]
+    kept: dict[int, frozenset[str]]
     live: dict[type, frozenset[str]]
     said: dict[type, tuple[frozenset[str], bool]] = field(default_factory=dict)
     known: dict[int, Facts] = field(default_factory=dict)
@@ -170,7 +195,7 @@ class _Reader:
         module = way.module
         said, is_wide = self._said(type(module))
         special = isinstance(module, torch.jit.ScriptModule | fx.GraphModule)
-        named = way.local in said or not way.anchor
+        named = way.local in said or not way.anchor or bool(self.kept[id(module)] & said)
         return named or is_wide or special or "forward" in vars(module)
 
     def _said(self, cls: type) -> tuple[frozenset[str], bool]:
@@ -186,5 +211,6 @@ class _Reader:
     def _read(self, module: nn.Module) -> Facts:
         if is_stock_sequential(module):
             return facts(module, frozenset(), frozenset())
-        interest = self.interest[id(module)] & self._said(type(module))[0]
+        names = self.interest[id(module)] | self.kept[id(module)]
+        interest = names & self._said(type(module))[0]
         return facts(module, interest, self.live[type(module)])
