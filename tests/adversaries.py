@@ -670,6 +670,64 @@ class GetattrByName(Two):
         return self.out(layer(x))
 
 
+class One(nn.Module):
+    """One layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return self.fc(x)
+
+
+@adversary("")
+class LooksForDropouts(nn.Module):
+    """loops over modules() only to see whether there is a dropout"""
+
+    def __init__(self):
+        super().__init__()
+        self.one = One()
+
+    def forward(self, x):
+        if any(isinstance(m, nn.Dropout) for m in self.modules()):
+            x = x * 3
+        return self.one(x)
+
+
+@adversary("")
+class LooksForChildren(One):
+    """the same over its own children"""
+
+    def forward(self, x):
+        n = sum(1 for _ in self.children())
+        return self.fc(x) * n
+
+
+@adversary("")
+class ExactClassOfChild(nn.Module):
+    """compares the exact class of a child"""
+
+    def __init__(self):
+        super().__init__()
+        self.one = One()
+
+    def forward(self, x):
+        return self.one(x) * (2 if type(self.one) is One else 1)
+
+
+@adversary("")
+class ExactClassByAttribute(nn.Module):
+    """compares the `__class__` of a child"""
+
+    def __init__(self):
+        super().__init__()
+        self.one = One()
+
+    def forward(self, x):
+        return self.one(x) * (2 if self.one.__class__ == One else 1)
+
+
 @adversary("")
 class GetattrNumbered(nn.Module):
     """getattr(self, name) in a comprehension; nothing names the layers that it gets"""

@@ -8,9 +8,18 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx, nn
 
-from regwrap.graph.classes import NOT_RUN, read_words, roots_of, words_of
-from regwrap.graph.names import INTROSPECTION, is_from, may_call_any, names_of
+from regwrap.graph.classes import (
+    NOT_RUN,
+    is_made_here,
+    members_of,
+    read_words,
+    roots_of,
+    with_global_functions,
+    words_of,
+)
+from regwrap.graph.names import INTROSPECTION, globals_said, is_from, may_call_any, names_of
 from regwrap.graph.owner import LOCK, Facts, facts
+from regwrap.graph.source import codes_within
 from regwrap.graph.strays import Above, Strays, strays_of
 from regwrap.graph.verdicts import Site, Verdict
 from regwrap.graph.view import has_body, is_indexed, is_stock_sequential
@@ -35,8 +44,10 @@ def survey(model: nn.Module, wanted: Callable[[nn.Module], bool] = is_linear) ->
         live = _live_members(model)
         strays = strays_of(model)
         read = _Reader(interest, _kept_code(above), live)
+        asked = _classes_asked(live)
         return {
-            path: _judge(path, layer, ways, read, strays) for path, (layer, ways) in above.items()
+            path: _judge(path, layer, ways, read, strays, asked)
+            for path, (layer, ways) in above.items()
         }
 
 
@@ -134,6 +145,7 @@ def _judge(
     ways: list[Above],
     read: _Reader,
     strays: Strays,
+    asked: frozenset[type],
 ) -> Verdict:
     sites: list[Site] = []
     reasons: list[str] = []
@@ -144,12 +156,31 @@ def _judge(
         calls = tuple(c for c in found.calls if c.child == way.child)
         if calls:
             sites.append(Site(way.path, way.child, calls))
+            reasons.append(_class_doubt(type(way.module), asked))
         reasons.append(found.doubt(way.child, way.local, way.anchor))
     reasons += [_hooks_doubt(way) for way in ways]
     if isinstance(layer, torch.jit.ScriptModule):
         reasons.append("the layer is a ScriptModule")
     reasons.append(strays.doubt(layer, ways, read.live))
     return Verdict(path, tuple(sites), next(filter(None, reasons), ""))
+
+
+def _classes_asked(live: dict[type, frozenset[str]]) -> frozenset[type]:
+    """The module classes that code which takes the class of something names."""
+    found: set[type] = set()
+    for cls, members in live.items():
+        own = (f for m in members_of(cls) if m.name in members for f in m.functions)
+        for function in with_global_functions(own):
+            names = {n for code in codes_within(function.__code__) for n in code.co_names}
+            if names & {"type", "__class__"}:
+                named = globals_said(function, frozenset(names))
+                found.update(v for v in named if isinstance(v, type) and issubclass(v, nn.Module))
+    return frozenset(found)
+
+
+def _class_doubt(cls: type, asked: frozenset[type]) -> str:
+    plain = next(c for c in cls.__mro__ if not is_made_here(c))
+    return f"code might ask for the exact class {plain.__name__}" if plain in asked else ""
 
 
 def _hooks_doubt(way: Above) -> str:
