@@ -17,7 +17,7 @@ from regwrap.graph.classes import (
     with_global_functions,
     words_of,
 )
-from regwrap.graph.names import INTROSPECTION, globals_said, is_from, may_call_any, names_of
+from regwrap.graph.names import INTROSPECTION, Names, code_kept, globals_said, is_from, names_of
 from regwrap.graph.owner import LOCK, Facts, facts
 from regwrap.graph.source import codes_within
 from regwrap.graph.strays import Above, Strays, strays_of
@@ -110,15 +110,22 @@ def _kept_code(above: dict[str, tuple[nn.Module, list[Above]]]) -> dict[int, fro
             modules[id(way.module)] = way.module
             by_child = beneath.setdefault(id(way.module), {})
             by_child.setdefault(way.child.partition(".")[0], set()).add(way.local)
-    return {i: frozenset(_attributes_calling(m, beneath[i])) for i, m in modules.items()}
+    known: dict[int, Names] = {}
+    return {i: frozenset(_attributes_calling(m, beneath[i], known)) for i, m in modules.items()}
 
 
-def _attributes_calling(module: nn.Module, beneath: dict[str, set[str]]) -> Iterator[str]:
+def _attributes_calling(
+    module: nn.Module, beneath: dict[str, set[str]], known: dict[int, Names]
+) -> Iterator[str]:
     for attribute, value in (*vars(module).items(), *module._modules.items()):
-        if attribute not in _TABLES:
-            elsewhere = (names for child, names in beneath.items() if child != attribute)
+        kept = [] if attribute in _TABLES else code_kept(value)
+        elsewhere = [names for child, names in beneath.items() if child != attribute]
+        if kept and elsewhere:
+            for code in kept:
+                if id(code) not in known:
+                    known[id(code)] = names_of(code)
             others = frozenset[str]().union(*elsewhere)
-            if others and may_call_any(value, others):
+            if any(known[id(c)].wide or known[id(c)].names & others for c in kept):
                 yield attribute
 
 

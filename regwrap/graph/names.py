@@ -150,15 +150,13 @@ def is_library(module: str) -> bool:
     return root in ("torch", "transformers", "numpy") or root in sys.stdlib_module_names
 
 
-def may_call_any(thing: object, names: frozenset[str]) -> bool:
-    """Whether code that lies in an attribute could call one of these in a module it is handed."""
-    if type(thing) in _DISPLAYS:
-        return any(may_call_any(f, names) for f in functions_behind(thing))
-    is_code = isinstance(thing, (*_CODE, functools.partial))
-    if not is_code and is_library(type(thing).__module__):
-        return False
-    found = names_of(thing if is_code else type(thing))
-    return found.wide or bool(found.names & names)
+def code_kept(value: object) -> list[object]:
+    """The functions and classes of what lies in an attribute, which may be handed a module."""
+    if type(value) in _DISPLAYS:
+        return list(functions_behind(value))
+    if isinstance(value, (*_CODE, functools.partial)):
+        return [value]
+    return [] if is_library(type(value).__module__) else [type(value)]
 
 
 def globals_said(function: types.FunctionType, said: frozenset[str]) -> Iterator[object]:
