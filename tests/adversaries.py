@@ -670,6 +670,79 @@ class GetattrByName(Two):
         return self.out(layer(x))
 
 
+class One(nn.Module):
+    """One layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return self.fc(x)
+
+
+@adversary("")
+class LooksForDropouts(nn.Module):
+    """loops over modules() only to see whether there is a dropout"""
+
+    def __init__(self):
+        super().__init__()
+        self.one = One()
+
+    def forward(self, x):
+        if any(isinstance(m, nn.Dropout) for m in self.modules()):
+            x = x * 3
+        return self.one(x)
+
+
+@adversary("")
+class LooksForChildren(One):
+    """the same over its own children"""
+
+    def forward(self, x):
+        n = sum(1 for _ in self.children())
+        return self.fc(x) * n
+
+
+@adversary("")
+class ExactClassOfChild(nn.Module):
+    """compares the exact class of a child"""
+
+    def __init__(self):
+        super().__init__()
+        self.one = One()
+
+    def forward(self, x):
+        return self.one(x) * (2 if type(self.one) is One else 1)
+
+
+@adversary("")
+class ExactClassByAttribute(nn.Module):
+    """compares the `__class__` of a child"""
+
+    def __init__(self):
+        super().__init__()
+        self.one = One()
+
+    def forward(self, x):
+        return self.one(x) * (2 if self.one.__class__ == One else 1)
+
+
+@adversary("")
+class GetattrNumbered(nn.Module):
+    """getattr(self, name) in a comprehension; nothing names the layers that it gets"""
+
+    def __init__(self):
+        super().__init__()
+        self.fc0 = nn.Linear(WIDTH, WIDTH)
+        for i in range(1, 3):
+            setattr(self, f"fc{i}", nn.Linear(WIDTH, WIDTH))
+
+    def forward(self, x):
+        y = self.fc0(x)
+        return [getattr(self, f"fc{i}")(y) for i in range(1, 3)]
+
+
 @adversary("fc out")
 class GetattrWritten(Two):
     """getattr(self, "fc") with the name written there"""
@@ -805,6 +878,120 @@ class HandsSelfOn(Two):
 
     def mystery(self, other):
         return other.out(torch.ones(WIDTH))
+
+
+class Processor:
+    """Calls the layers of the module that it is given, as diffusers' attention has it."""
+
+    def __call__(self, module, x):
+        return module.out(module.fc(x))
+
+
+HERE = sys.modules[__name__]
+PROCESSOR = Processor()
+PROCESSORS = {"plain": Processor.__call__}
+
+
+class ModuleProcessor(nn.Module):
+    """The same, a module itself."""
+
+    def forward(self, module, x):
+        return module.out(module.fc(x))
+
+
+def runs_both(module, x):
+    return module.out(module.fc(x))
+
+
+@adversary("")
+class HandsSelfToProcessor(Two):
+    """an object that lies in an attribute is given self; no code of the class names the layers"""
+
+    def __init__(self):
+        super().__init__()
+        self.processor = Processor()
+
+    def forward(self, x):
+        return self.processor(self, x)
+
+
+@adversary("")
+class HandsChildToModule(nn.Module):
+    """a sibling is given the module whose layers it calls"""
+
+    def __init__(self):
+        super().__init__()
+        self.block = Two()
+        self.processor = ModuleProcessor()
+
+    def forward(self, x):
+        return self.processor(self.block, x)
+
+
+@adversary("")
+class HandsSelfToFunctions(Two):
+    """functions in an attribute, in a list and in a partial are given self"""
+
+    def __init__(self):
+        super().__init__()
+        self.run = runs_both
+        self.runs = [runs_both]
+        self.partial = functools.partial(runs_both)
+
+    def forward(self, x):
+        return self.run(self, x) + self.runs[0](self, x) + self.partial(self, x)
+
+
+@adversary("")
+class HandsSelfToClassAttribute(Two):
+    """functions in a tuple of the class are given self"""
+
+    steps = (runs_both,)
+
+    def forward(self, x):
+        for step in self.steps:
+            x = step(self, x)
+        return x
+
+
+@adversary("")
+class HandsSelfToGlobalObject(Two):
+    """a global object is given self"""
+
+    def forward(self, x):
+        return PROCESSOR(self, x)
+
+
+@adversary("")
+class HandsSelfToImported(Two):
+    """a function of an imported module is given self"""
+
+    def forward(self, x):
+        return HERE.runs_both(self, x)
+
+
+@adversary("")
+class HandsSelfToRegistry(Two):
+    """a function in a global dict is given self"""
+
+    def forward(self, x):
+        return PROCESSORS["plain"](None, self, x)
+
+
+@adversary("")
+class HandsSelfToNewObject(Two):
+    """an object made in the forward is given self"""
+
+    def forward(self, x):
+        return Processor()(self, x)
+
+
+@adversary("")
+class HandsSelfToDefault(Two):
+    """a function that is an argument's default is given self"""
+
+    def forward(self, x, run=runs_both):
+        return run(self, x)
 
 
 @adversary("out")
@@ -1764,6 +1951,21 @@ class Private(Two):
 
     def forward(self, x):
         return self.out(self.fc(x)) * self.__gain
+
+
+@adversary("")
+class PrivateLayers(nn.Module):
+    """layers under private names, mangled by the class"""
+
+    def __init__(self):
+        super().__init__()
+        self.__fc = nn.Linear(WIDTH, WIDTH)
+        self.__stack = nn.ModuleList([nn.Linear(WIDTH, WIDTH)])
+
+    def forward(self, x):
+        for layer in self.__stack:
+            x = layer(x)
+        return self.__fc(x)
 
 
 @adversary("fc out")

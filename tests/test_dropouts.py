@@ -592,6 +592,43 @@ def test_a_rate_changed_twice_is_restored_to_the_first() -> None:
     undone(model, Behind)
 
 
+def test_a_dropout_in_place_that_was_off_is_not_turned_on_behind_an_activation() -> None:
+    def build() -> nn.Module:
+        act, off = nn.ReLU(inplace=True), nn.Dropout(0.0, inplace=True)
+        return nn.Sequential(nn.Linear(4, 4), act, off, nn.Linear(4, 2))
+
+    model = build()
+    rw.regularize(model, {"0": Dropout(0.5)})
+    assert row(model)["mechanism"] == "hook"
+    assert "stacked on a Dropout" in row(model)["note"]
+    model(torch.ones(3, 4)).sum().backward()  # what the ReLU saved is still there
+
+
+class Router(nn.Linear):
+    """Gives a tuple, as mixtures of experts have it."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        y = super().forward(x)
+        return y.softmax(-1), y
+
+
+class Routed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = Router(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.router(x)[0]
+
+
+def test_a_router_of_transformers_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Router.forward, "__module__", "transformers.models.mine")
+    model = rw.regularize(Routed(), {"router": Dropout(0.5)})
+    assert row(model)["mechanism"] == "hook"
+    with pytest.raises(rw.PolicyError, match="Router returned tuple, no tensor"):
+        model(torch.ones(2, 4))
+
+
 @pytest.mark.parametrize("build", [Twice, FunctionalDrop])
 def test_a_dropout_that_cannot_be_taken_is_stacked_on_and_the_note_says_so(build: Build) -> None:
     model = put(build(), {"a": Dropout(0.1)})

@@ -12,10 +12,12 @@ from torch import nn
 from regwrap.graph.names import (
     LIMIT,
     MADE,
+    code_named,
     functions_behind,
-    globals_said,
     is_from,
+    is_library,
     is_trusted,
+    said_by,
     spoken_by,
 )
 from regwrap.graph.source import word_set
@@ -63,7 +65,7 @@ class Member:
     @property
     def said(self) -> frozenset[str]:
         """The words that its code uses."""
-        return frozenset().union(*(spoken_by(f.__code__) for f in self.functions))
+        return frozenset().union(*map(said_by, self.functions))
 
 
 def members_of(cls: type) -> list[Member]:
@@ -137,7 +139,7 @@ def read_words(classes: Iterable[type]) -> None:
         stamp: dict[types.FunctionType, None] = {}
         for member in members_of(cls):
             functions = with_global_functions(member.functions)
-            words = frozenset[str]().union(*(spoken_by(f.__code__) for f in functions))
+            words = frozenset[str]().union(*map(said_by, functions))
             members[member.name] = members.get(member.name, frozenset()) | words
             by_key[member.key] = words
             stamp |= functions
@@ -150,20 +152,24 @@ def with_global_functions(
 ) -> dict[types.FunctionType, None]:
     """Functions and those that they name, and so on, of the model's author.
 
-    Of classes that they name, what is written in a module's class: `Base.forward(self, x)`.
+    Of classes that they name, what is written in the class: `Base.forward(self, x)`.
     """
     todo = list(functions)
     seen: dict[types.FunctionType, None] = dict.fromkeys(todo)
     while todo and len(seen) < LIMIT:
         function = todo.pop()
-        for value in globals_said(function, spoken_by(function.__code__)):
-            found = [value]
-            if isinstance(value, type) and issubclass(value, nn.Module):
-                found = [v for n, v in vars(value).items() if n not in NOT_RUN]
-            for item in found:
-                if isinstance(item, types.FunctionType) and item not in seen:
-                    if is_trusted(item):
-                        continue
+        for value in code_named(function, spoken_by(function.__code__)):
+            for item in _functions_of(value):
+                if item not in seen and not is_trusted(item):
                     seen[item] = None
                     todo.append(item)
     return seen
+
+
+def _functions_of(code: object) -> list[types.FunctionType]:
+    if not isinstance(code, type):
+        return [code] if isinstance(code, types.FunctionType) else []
+    if not issubclass(code, nn.Module) and is_library(code.__module__):
+        return []
+    found = (v for n, v in vars(code).items() if n not in NOT_RUN)
+    return [f for v in found for f in functions_behind(v)]

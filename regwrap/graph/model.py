@@ -8,9 +8,18 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx, nn
 
-from regwrap.graph.classes import NOT_RUN, read_words, roots_of, words_of
-from regwrap.graph.names import INTROSPECTION, is_from, names_of
+from regwrap.graph.classes import (
+    NOT_RUN,
+    is_made_here,
+    members_of,
+    read_words,
+    roots_of,
+    with_global_functions,
+    words_of,
+)
+from regwrap.graph.names import INTROSPECTION, Names, code_kept, globals_said, is_from, names_of
 from regwrap.graph.owner import LOCK, Facts, facts
+from regwrap.graph.source import codes_within
 from regwrap.graph.strays import Above, Strays, strays_of
 from regwrap.graph.verdicts import Site, Verdict
 from regwrap.graph.view import has_body, is_indexed, is_stock_sequential
@@ -34,9 +43,11 @@ def survey(model: nn.Module, wanted: Callable[[nn.Module], bool] = is_linear) ->
         read_words({type(m) for m in model.modules()})
         live = _live_members(model)
         strays = strays_of(model)
-        read = _Reader(interest, live)
+        read = _Reader(interest, _kept_code(above), live)
+        asked = _classes_asked(live)
         return {
-            path: _judge(path, layer, ways, read, strays) for path, (layer, ways) in above.items()
+            path: _judge(path, layer, ways, read, strays, asked)
+            for path, (layer, ways) in above.items()
         }
 
 
@@ -90,6 +101,37 @@ def _interests(above: dict[str, tuple[nn.Module, list[Above]]]) -> dict[int, fro
     return {i: frozenset(names) for i, names in found.items()}
 
 
+def _kept_code(above: dict[str, tuple[nn.Module, list[Above]]]) -> dict[int, frozenset[str]]:
+    """For each module above a layer its attributes with code that may call what lies elsewhere."""
+    modules: dict[int, nn.Module] = {}
+    beneath: dict[int, dict[str, set[str]]] = {}
+    for _, ways in above.values():
+        for way in ways:
+            modules[id(way.module)] = way.module
+            by_child = beneath.setdefault(id(way.module), {})
+            by_child.setdefault(way.child.partition(".")[0], set()).add(way.local)
+    known: dict[int, Names] = {}
+    return {i: frozenset(_attributes_calling(m, beneath[i], known)) for i, m in modules.items()}
+
+
+def _attributes_calling(
+    module: nn.Module, beneath: dict[str, set[str]], known: dict[int, Names]
+) -> Iterator[str]:
+    for attribute, value in (*vars(module).items(), *module._modules.items()):
+        kept = [] if attribute in _TABLES else code_kept(value)
+        elsewhere = [names for child, names in beneath.items() if child != attribute]
+        if kept and elsewhere:
+            for code in kept:
+                if id(code) not in known:
+                    known[id(code)] = names_of(code)
+            others = frozenset[str]().union(*elsewhere)
+            if any(known[id(c)].wide or known[id(c)].names & others for c in kept):
+                yield attribute
+
+
+_TABLES = frozenset(vars(nn.Module()))
+
+
 def _live_members(model: nn.Module) -> dict[type, frozenset[str]]:
     """For each class the members that code of the model may reach, by name."""
     classes = {type(m) for m in model.modules()}
@@ -110,6 +152,7 @@ def _judge(
     ways: list[Above],
     read: _Reader,
     strays: Strays,
+    asked: frozenset[type],
 ) -> Verdict:
     sites: list[Site] = []
     reasons: list[str] = []
@@ -120,12 +163,31 @@ def _judge(
         calls = tuple(c for c in found.calls if c.child == way.child)
         if calls:
             sites.append(Site(way.path, way.child, calls))
+            reasons.append(_class_doubt(type(way.module), asked))
         reasons.append(found.doubt(way.child, way.local, way.anchor))
     reasons += [_hooks_doubt(way) for way in ways]
     if isinstance(layer, torch.jit.ScriptModule):
         reasons.append("the layer is a ScriptModule")
     reasons.append(strays.doubt(layer, ways, read.live))
     return Verdict(path, tuple(sites), next(filter(None, reasons), ""))
+
+
+def _classes_asked(live: dict[type, frozenset[str]]) -> frozenset[type]:
+    """The module classes that code which takes the class of something names."""
+    found: set[type] = set()
+    for cls, members in live.items():
+        own = (f for m in members_of(cls) if m.name in members for f in m.functions)
+        for function in with_global_functions(own):
+            names = {n for code in codes_within(function.__code__) for n in code.co_names}
+            if names & {"type", "__class__"}:
+                named = globals_said(function, frozenset(names))
+                found.update(v for v in named if isinstance(v, type) and issubclass(v, nn.Module))
+    return frozenset(found)
+
+
+def _class_doubt(cls: type, asked: frozenset[type]) -> str:
+    plain = next(c for c in cls.__mro__ if not is_made_here(c))
+    return f"code might ask for the exact class {plain.__name__}" if plain in asked else ""
 
 
 def _hooks_doubt(way: Above) -> str:
@@ -142,6 +204,7 @@ class _Reader:
     """Reads every module above a layer once."""
 
     interest: dict[int, frozenset[str]]
+    kept: dict[int, frozenset[str]]
     live: dict[type, frozenset[str]]
     said: dict[type, tuple[frozenset[str], bool]] = field(default_factory=dict)
     known: dict[int, Facts] = field(default_factory=dict)
@@ -170,7 +233,7 @@ class _Reader:
         module = way.module
         said, is_wide = self._said(type(module))
         special = isinstance(module, torch.jit.ScriptModule | fx.GraphModule)
-        named = way.local in said or not way.anchor
+        named = way.local in said or not way.anchor or bool(self.kept[id(module)] & said)
         return named or is_wide or special or "forward" in vars(module)
 
     def _said(self, cls: type) -> tuple[frozenset[str], bool]:
@@ -186,5 +249,6 @@ class _Reader:
     def _read(self, module: nn.Module) -> Facts:
         if is_stock_sequential(module):
             return facts(module, frozenset(), frozenset())
-        interest = self.interest[id(module)] & self._said(type(module))[0]
+        names = self.interest[id(module)] | self.kept[id(module)]
+        interest = names & self._said(type(module))[0]
         return facts(module, interest, self.live[type(module)])

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import functools
+import sys
 import types
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 from torch import nn
 
@@ -65,14 +68,25 @@ def spoken_by(code: types.CodeType) -> frozenset[str]:
 _SAID: weakref.WeakKeyDictionary[types.CodeType, frozenset[str]] = weakref.WeakKeyDictionary()
 
 
+def said_by(function: types.FunctionType) -> frozenset[str]:
+    """What a function's code says; `__dict__` too if `getattr` may get it any attribute."""
+    said = spoken_by(function.__code__)
+    if "getattr" not in said or function.__name__ == "__getattr__":  # who asks it says the name
+        return said
+    home = function.__globals__.get("__name__", "")  # a wrapper shows the name of what it wraps
+    return said if _is_in(home, _PACKAGES) or not _is_dynamic(function) else said | {"__dict__"}
+
+
 def is_from(thing: object, packages: tuple[str, ...]) -> bool:
     """Whether a callable is defined in one of the packages."""
     name = getattr(thing, "__module__", None) or ""
     if isinstance(thing, types.BuiltinFunctionType) and not name:
         return "torch" in packages  # a method of a C type, torch.relu
-    return isinstance(name, str) and any(
-        name == root or name.startswith(f"{root}.") for root in packages
-    )
+    return isinstance(name, str) and _is_in(name, packages)
+
+
+def _is_in(module: str, packages: tuple[str, ...]) -> bool:
+    return any(module == root or module.startswith(f"{root}.") for root in packages)
 
 
 def is_trusted(thing: object) -> bool:
@@ -99,11 +113,11 @@ def names_of(thing: object) -> Names:
             todo += [v for k in item.__mro__ if not is_trusted(k) for v in vars(k).values()]
         elif functions := functions_behind(item):
             for function in functions:
-                said = spoken_by(function.__code__)
+                said = said_by(function)
                 words |= said
-                if said & INTROSPECTION or ("getattr" in said and _is_dynamic(function)):
+                if said & INTROSPECTION:
                     return EVERYTHING
-                todo += [v for v in globals_said(function, said) if _is_code(v)]
+                todo += code_named(function, said)
                 if any(isinstance(v, nn.Module) for v in globals_said(function, said)):
                     return EVERYTHING
         elif callable(item):
@@ -111,8 +125,38 @@ def names_of(thing: object) -> Names:
     return Names(frozenset(words), False)
 
 
-def _is_code(value: object) -> bool:
-    return isinstance(value, types.FunctionType | type | types.MethodType)
+_DISPLAYS = (dict, list, tuple)
+_CODE = (types.FunctionType, type, types.MethodType)
+
+
+def code_named(function: types.FunctionType, said: frozenset[str]) -> Iterator[object]:
+    """Functions and classes that a function names: globals, in a module, of a global object."""
+    defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+    for value in (*globals_said(function, said), *defaults):
+        if type(value) in _DISPLAYS:
+            yield from functions_behind(value)
+        elif isinstance(value, _CODE):
+            yield value
+        elif isinstance(value, types.ModuleType):
+            inside = () if is_library(value.__name__) else said & vars(value).keys()
+            yield from (v for n in inside if isinstance(v := vars(value)[n], _CODE))
+        elif not isinstance(value, nn.Module) and not is_library(type(value).__module__):
+            yield type(value)
+
+
+def is_library(module: str) -> bool:
+    """Whether objects of a module's classes call no layer of a model that they are handed."""
+    root = module.partition(".")[0]
+    return root in ("torch", "transformers", "numpy") or root in sys.stdlib_module_names
+
+
+def code_kept(value: object) -> list[object]:
+    """The functions and classes of what lies in an attribute, which may be handed a module."""
+    if type(value) in _DISPLAYS:
+        return list(functions_behind(value))
+    if isinstance(value, (*_CODE, functools.partial)):
+        return [value]
+    return [] if is_library(type(value).__module__) else [type(value)]
 
 
 def globals_said(function: types.FunctionType, said: frozenset[str]) -> Iterator[object]:
@@ -155,6 +199,8 @@ def functions_behind(thing: object) -> list[types.FunctionType]:
             found.append(item)
             todo += [content_of(cell) for cell in item.__closure__ or ()]
             todo.append(item.__dict__.get("__wrapped__"))
+        elif type(item) in _DISPLAYS:
+            todo += item.values() if isinstance(item, dict) else cast(list[object], item)
         else:
             todo += [_static(item, name) for name in _WRAPPING if _static(item, name) is not item]
     return found

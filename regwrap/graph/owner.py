@@ -36,7 +36,7 @@ from regwrap.graph.names import (
 from regwrap.graph.questions import calls_of, described
 from regwrap.graph.reach import Doubt, Reaching
 from regwrap.graph.source import definition_of
-from regwrap.graph.syntax import Scope, locals_of
+from regwrap.graph.syntax import Scope, locals_of, refuse_private
 from regwrap.graph.tracer import Tracer
 from regwrap.graph.verdicts import Call, Refused
 from regwrap.graph.view import Token, View, is_indexed, is_stock_sequential
@@ -253,6 +253,7 @@ def _doubts_of_function(view: View, member: Member, is_live: bool, why: str) -> 
             continue
         try:
             tree = definition_of(function)
+            refuse_private(tree)  # what a mangled name stands for is not followed
         except Refused as error:
             said = Names(spoken_by(function.__code__), False)
             text = reason if why.startswith(str(error)) else f"{reason}, and {error}"

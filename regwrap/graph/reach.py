@@ -12,7 +12,7 @@ from torch import nn
 from regwrap.graph.names import EVERYTHING, HARMLESS, Names, is_written_getattr
 from regwrap.graph.source import word_set
 from regwrap.graph.syntax import Scope, is_store
-from regwrap.graph.view import ABSENT, View, joined, look_up
+from regwrap.graph.view import ABSENT, View, has_body, joined, look_up
 
 _ANY = "**"
 PLAIN_SPECIAL = frozenset(("__setattr__", "__delattr__", "__call__", "__dir__"))
@@ -239,12 +239,24 @@ class Reaching:
     def _visit_source(self, node: ast.AST) -> None:
         """What is iterated over: the modules in it are accounted for, the rest is visited."""
         if isinstance(node, ast.Call):
+            if isinstance(node.func, ast.Attribute) and node.func.attr in _LISTINGS:
+                self._visit_listing(node.func)
             for arg in node.args:
                 self._visit_source(arg)
         elif isinstance(node, ast.Subscript) and self._paths(node):
             self._visit(node.slice)
         elif not self._paths(node) and not self._items(node):
             self._visit(node)
+
+    def _visit_listing(self, function: ast.Attribute) -> None:
+        """A listing shows what a rewrite puts among the children, if only to be counted."""
+        bases = self._paths(function.value)
+        shown = (p for p in bases if is_introspection(self.view, p, function.attr))
+        self._give(frozenset(p for p in shown if self._shows_owners(p, function.attr)), EVERYTHING)
+
+    def _shows_owners(self, path: str, listing: str) -> bool:
+        deep = listing in ("modules", "named_modules")
+        return deep or has_body(self.view.module(path))
 
     def _give(self, paths: Paths, names: Names) -> None:
         self.given += [(p, names) for p in paths]

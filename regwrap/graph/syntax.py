@@ -115,12 +115,17 @@ def checked(function: types.FunctionType) -> ast.FunctionDef:
     tree = definition_of(function)
     if not tree.args.args or tree.args.posonlyargs:
         raise Refused("does not take `self` as its first argument by name")
+    refuse_private(tree)
+    return tree
+
+
+def refuse_private(tree: ast.AST) -> None:
+    """Raises `Refused` where names are mangled by the class, or are this package's own."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute | ast.Name | ast.keyword | ast.arg):
             name = next(getattr(node, f) for f in ("attr", "id", "arg") if hasattr(node, f))
             if name and (name.startswith("_regwrap") or _is_private(name)):
                 raise Refused(f"uses the private name `{name}`")
-    return tree
 
 
 def _is_private(name: str) -> bool:

@@ -240,8 +240,7 @@ def _against_fx(survey: Survey, layer: nn.Module, term: Dropout) -> str:
         return "the layer is the model itself"
     if not verdict.by_fx:
         return verdict.reason or "no code of the model calls it"
-    # A forward of the author's own may return a tuple, which the hook refuses by name.
-    if not type(layer).forward.__module__.startswith(("torch.", "transformers.")):
+    if not _surely_gives_tensor(type(layer)):
         return f"the forward of {class_name(layer)} is its author's own"
     if term.at == "input" and not all(c.one_input for site in verdict.sites for c in site.calls):
         return "its input is not written alone where it is called"
@@ -252,6 +251,13 @@ def _against_fx(survey: Survey, layer: nn.Module, term: Dropout) -> str:
         if copying is not None
         else ""
     )
+
+
+def _surely_gives_tensor(cls: type[nn.Module]) -> bool:
+    """Whether a layer's forward is known to give a tensor: a router gives a tuple."""
+    home, given = cls.forward.__module__, cls.forward.__annotations__.get("return")
+    known = home.startswith(("torch.", "transformers.pytorch_utils"))
+    return known or (home.startswith("transformers.") and given is torch.Tensor)
 
 
 _COPYING = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__")
@@ -315,7 +321,15 @@ def _replaced(survey: Survey, layer: nn.Module, term: Dropout) -> Place | None:
     existing = _existing(survey, layer)
     if existing is None or not _is_alike(existing, term) or rate_of(existing) is None:
         return None
+    if _would_overwrite(existing, _calls(survey, layer)):
+        return None
     return _place_for(survey, layer, existing, "direct", "replaces a Dropout's rate")
+
+
+def _would_overwrite(existing: nn.Module, calls: list[graph.Call]) -> bool:
+    """Whether a dropout that was off would drop in place what the activation before it saved."""
+    behind = any(c.dropout is not None and c.dropout.behind for c in calls)
+    return behind and bool(getattr(existing, "inplace", False)) and vars(existing).get("p") == 0
 
 
 def _is_alike(existing: nn.Module, term: Dropout) -> bool:
