@@ -104,7 +104,7 @@ STILL = ("on_meta", "zero_size")  # no values; no outputs but 0
 # The models in which a layer is called by code that is not straight, or by none of the model's own:
 # every other one is rewritten.
 NOT_STRAIGHT = """
-    shared_between_parents mixture_of_experts skipped_container sequential_owner
+    exact_type_check shared_between_parents mixture_of_experts skipped_container sequential_owner
     module_list_owner module_dict_owner nested_containers odd_names iterates_children
     root_linear root_sequential slotted delegating_getattr custom_setattr back_reference
     bound_forward reduce_by_function reduce_by_type drops_state rebuilds_state custom_deepcopy

@@ -10,7 +10,6 @@ from torch import fx, nn
 
 from regwrap.graph.classes import (
     NOT_RUN,
-    is_made_here,
     members_of,
     read_words,
     roots_of,
@@ -186,8 +185,10 @@ def _classes_asked(live: dict[type, frozenset[str]]) -> frozenset[type]:
 
 
 def _class_doubt(cls: type, asked: frozenset[type]) -> str:
-    plain = next(c for c in cls.__mro__ if not is_made_here(c))
-    return f"code might ask for the exact class {plain.__name__}" if plain in asked else ""
+    # by name: a class of ours, on top of an author's, has the name of that one
+    own = (cls.__module__, cls.__qualname__)
+    is_asked = any((c.__module__, c.__qualname__) == own for c in asked)
+    return f"code might ask for the exact class {cls.__name__}" if is_asked else ""
 
 
 def _hooks_doubt(way: Above) -> str:

@@ -153,9 +153,12 @@ def is_library(module: str) -> bool:
 def code_kept(value: object) -> list[object]:
     """The functions and classes of what lies in an attribute, which may be handed a module."""
     if type(value) in _DISPLAYS:
-        return list(functions_behind(value))
-    if isinstance(value, (*_CODE, functools.partial)):
-        return [value]
+        return [code for f in functions_behind(value) for code in code_kept(f)]
+    if isinstance(value, functools.partial):
+        held = (value.func, *value.args, *value.keywords.values())
+        return [code for part in held for code in code_kept(part)]
+    if isinstance(value, _CODE):
+        return [] if is_library(value.__module__ or "") else [value]
     return [] if is_library(type(value).__module__) else [type(value)]
 
 

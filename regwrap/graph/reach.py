@@ -9,7 +9,7 @@ from typing import cast
 
 from torch import nn
 
-from regwrap.graph.names import EVERYTHING, HARMLESS, Names, is_written_getattr
+from regwrap.graph.names import EVERYTHING, HARMLESS, Names, is_trusted, is_written_getattr
 from regwrap.graph.source import word_set
 from regwrap.graph.syntax import Scope, is_store
 from regwrap.graph.view import ABSENT, View, has_body, joined, look_up
@@ -250,6 +250,8 @@ class Reaching:
 
     def _visit_listing(self, function: ast.Attribute) -> None:
         """A listing shows what a rewrite puts among the children, if only to be counted."""
+        if is_trusted(self.scope.function):  # torch's own encoder looks for hooks, no more
+            return
         bases = self._paths(function.value)
         shown = (p for p in bases if is_introspection(self.view, p, function.attr))
         self._give(frozenset(p for p in shown if self._shows_owners(p, function.attr)), EVERYTHING)
