@@ -169,12 +169,18 @@ def globals_said(function: types.FunctionType, said: frozenset[str]) -> Iterator
 
 def _is_dynamic(function: types.FunctionType) -> bool:
     """Whether a function may use `getattr` with a name that is not written there."""
-    try:
-        tree: ast.AST = definition_of(function)
-    except Refused:
-        return True
-    uses = sum(isinstance(n, ast.Name) and n.id == "getattr" for n in ast.walk(tree))
-    return uses != sum(is_written_getattr(n) for n in ast.walk(tree))
+    code = function.__code__
+    if code not in _DYNAMIC:
+        try:
+            tree = definition_of(function)
+        except Refused:
+            return True
+        uses = sum(isinstance(n, ast.Name) and n.id == "getattr" for n in ast.walk(tree))
+        _DYNAMIC[code] = uses != sum(map(is_written_getattr, ast.walk(tree)))
+    return _DYNAMIC[code]
+
+
+_DYNAMIC: weakref.WeakKeyDictionary[types.CodeType, bool] = weakref.WeakKeyDictionary()
 
 
 def is_written_getattr(node: ast.AST) -> bool:
@@ -205,19 +211,20 @@ def functions_behind(thing: object) -> list[types.FunctionType]:
         elif type(item) in _DISPLAYS:
             todo += item.values() if isinstance(item, dict) else cast(list[object], item)
         else:
-            todo += [_static(item, name) for name in _WRAPPING if _static(item, name) is not item]
+            todo += _wrapped_by(item)
     return found
 
 
+_WRAPPERS = (property, types.MethodType, classmethod, staticmethod)
 _WRAPPING = ("__func__", "__wrapped__", "fget", "fset", "func", "function")
 
 
-def _static(item: object, name: str) -> object:
-    if isinstance(item, property | types.MethodType | classmethod | staticmethod) or type(
-        item
-    ).__module__ in ("functools", "torch.jit"):
-        return getattr(item, name, None)
-    return None
+def _wrapped_by(item: object) -> list[object]:
+    kind = type(item)
+    if not issubclass(kind, _WRAPPERS) and kind.__module__ not in ("functools", "torch.jit"):
+        return []
+    found = (getattr(item, name, None) for name in _WRAPPING)
+    return [value for value in found if value is not None and value is not item]
 
 
 def content_of(cell: types.CellType) -> object:
