@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from regwrap import sites
+from regwrap.graph import joined
 from regwrap.penalty import penalties
 from regwrap.record import Policy
 
@@ -24,7 +25,7 @@ def values(root: nn.Module, policy: Policy) -> Values:
             layer, site = root.get_submodule(entry.path), str(entry.site)
             on_output = f"{entry.path}:{site}"
             if entry.shape is not None:
-                key = f"{entry.path}.{site}" if entry.path else site
+                key = joined(entry.path, site)
                 tensor = sites.read(layer, site)
                 norm = 0.0 if tensor is None else _norm2(tensor)
                 told[entry.path, site] = (norm, float(now.get(key, 0.0)))

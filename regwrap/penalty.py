@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from regwrap import identity, record, sites
 from regwrap.errors import RegwrapWarning
 from regwrap.fastpath import Strength, applies, penalty_sum
+from regwrap.graph import joined
 from regwrap.record import Factor, Mark, Record, Reference
 from regwrap.seen import SEEN, Read, Seen
 from regwrap.terms import L1, L2, WeightTerm
@@ -64,7 +65,7 @@ def first_names(root: nn.Module) -> dict[int, str]:
         for name in sites.parameter_names(node.module):
             own = sites.plain(node.module, name)
             if own is not None:
-                names.setdefault(id(own), f"{node.path}.{name}" if node.path else name)
+                names.setdefault(id(own), joined(node.path, name))
     return names
 
 
@@ -243,7 +244,7 @@ def _shares(mesh: Any, counts: list[bool]) -> list[float]:
 def _look(path: str, module: nn.Module, mark: Mark, held: Record) -> Live | None:
     term, site = mark.term, mark.site
     assert isinstance(term, WeightTerm)
-    full = f"{path}.{site}" if path else site
+    full = joined(path, site)
     seen = module.__dict__.get(SEEN)
     moved = held.factor(mark)
     source: object = (id(module), site)

@@ -16,6 +16,7 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 
 from regwrap import graph
 from regwrap.errors import PolicyError, brief
+from regwrap.graph import joined
 
 T = TypeVar("T")
 
@@ -62,7 +63,7 @@ def nodes(model: nn.Module) -> list[Node]:
         for name, child in module._modules.items():
             if child is None or id(child) in above or _is_hidden(module, name, child):
                 continue
-            visit(f"{path}.{name}" if path else name, child, index)
+            visit(joined(path, name), child, index)
         above.remove(id(module))
 
     visit("", model, None)
@@ -84,6 +85,14 @@ def rewritten(module: nn.Module) -> dict[str, float]:
     """The children behind or before whose calls a rewrite of ours put dropouts, with the rates."""
     made = getattr(type(module), graph.MADE, None)
     return {} if made is None else {insert.child: insert.p for insert in made.inserts}
+
+
+def submodule(owner: nn.Module, path: str) -> nn.Module | None:
+    """The module at a path; None if it has been taken out since."""
+    try:
+        return owner.get_submodule(path)
+    except AttributeError:
+        return None
 
 
 def children(module: nn.Module) -> list[nn.Module]:
@@ -368,7 +377,7 @@ def author_marks(tree: list[Node]) -> set[tuple[int, str]]:
     marks = set()
     for node, scopes in zip(tree, _scopes(tree), strict=True):
         for name in parameter_names(node.module):
-            path = f"{node.path}.{name}" if node.path else name
+            path = joined(node.path, name)
             if any(scope.marks(path) for scope in scopes) or any(
                 _marks_itself(p) for p in stored(node.module, name)
             ):

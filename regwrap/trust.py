@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from regwrap import penalty, planning, record, sites, surgery, table
+from regwrap.graph import joined
 from regwrap.planning.dropouts import rate_of
 from regwrap.terms import L1, L2, Dropout
 
@@ -168,8 +169,7 @@ def _dials(model: nn.Module) -> Iterator[_Dial]:
         if hasattr(type(module), "regwrap_mask"):
             yield _Dial(path, module, True, partial(_set_rate, module, "p"))
         for name in sites.inserted(module):
-            where = f"{path}.{name}" if path else name
-            yield _Dial(where, module, True, partial(_set_child, module, name))
+            yield _Dial(joined(path, name), module, True, partial(_set_child, module, name))
 
 
 def _set_rate(module: nn.Module, name: str, rate: float) -> None:

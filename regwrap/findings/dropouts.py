@@ -14,8 +14,9 @@ from typing import Any
 from torch import nn
 
 from regwrap import sites
-from regwrap.findings.look import Finding, Look, join, listed
+from regwrap.findings.look import Finding, Look, listed
 from regwrap.findings.neighbours import author_class, ending, is_leaf, neighbours
+from regwrap.graph import joined
 from regwrap.terms import Dropout
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -96,7 +97,7 @@ def never_called(look: Look) -> Iterator[Finding]:
     """A dropout that the model has and no code calls: a head that never drops."""
     names = Counter(id(node.module) for node in sites.nodes(look.root))
     unused = [
-        join(node.path, name)
+        joined(node.path, name)
         for node in look.nodes
         for name, child in node.module._modules.items()
         if child is not None

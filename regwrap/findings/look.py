@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from regwrap import planning, record, sites
 from regwrap.errors import RegwrapError
+from regwrap.graph import joined
 from regwrap.record import Entry
 from regwrap.terms import WeightTerm
 from regwrap.where import parse_where
@@ -129,7 +130,7 @@ class Look:
                 for tensor in sites.stored(node.module, name):
                     if tensor.requires_grad and not is_lazy(tensor) and id(tensor) not in seen:
                         seen.add(id(tensor))
-                        yield join(node.path, name), node.module, name, tensor
+                        yield joined(node.path, name), node.module, name, tensor
 
 
 def factor_now(module: nn.Module, entry: Entry) -> float:
@@ -144,14 +145,9 @@ def _mark(entry: Entry) -> tuple[str | None, tuple[str, ...]]:
     return entry.site, entry.term.family
 
 
-def join(path: str, name: str) -> str:
-    """The dotted path of a name beneath a path."""
-    return f"{path}.{name}" if path else name
-
-
 def site_path(entry: Entry) -> str:
     """The full name of an entry's site; of a call, its layer."""
-    return entry.path if entry.site == "call" else join(entry.path, str(entry.site))
+    return entry.path if entry.site == "call" else joined(entry.path, str(entry.site))
 
 
 def listed(paths: Iterable[str]) -> str:

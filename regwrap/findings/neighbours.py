@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from regwrap.findings.look import join
+from regwrap import sites
+from regwrap.graph import joined
 
 _MADE = ("_regwrap_rewritten", "_regwrap_spliced")
 
@@ -66,12 +67,12 @@ def ending(root: nn.Module) -> Iterator[str]:
         before = {taker: giver for giver, taker in body.feeds}
         child = body.result
         while child is not None and _is_plain_leaf(owner, child):
-            yield join(path, child)
+            yield joined(path, child)
             child = before.pop(child, None)  # once: two may take turns
-        found = None if child is None else _child(owner, child)
+        found = None if child is None else sites.submodule(owner, child)
         if child is None or found is None:
             return
-        path, owner = join(path, child), found
+        path, owner = joined(path, child), found
     if path:
         yield path
 
@@ -82,36 +83,29 @@ def is_leaf(module: nn.Module) -> bool:
 
 
 def _is_plain_leaf(owner: nn.Module, name: str) -> bool:
-    child = _child(owner, name)
+    child = sites.submodule(owner, name)
     return child is not None and is_leaf(child) and not any(True for _ in child.parameters())
-
-
-def _child(owner: nn.Module, path: str) -> nn.Module | None:
-    try:
-        return owner.get_submodule(path)
-    except AttributeError:
-        return None
 
 
 def _last(owner: nn.Module, name: str) -> str | None:
     """The leaf that gives a child's output."""
-    child = _child(owner, name)
+    child = sites.submodule(owner, name)
     if child is None or is_leaf(child):
         return None if child is None else name
     result = body_of(child).result
     inner = None if result is None else _last(child, result)
-    return None if inner is None else join(name, inner)
+    return None if inner is None else joined(name, inner)
 
 
 def _first(owner: nn.Module, name: str) -> str | None:
     """The leaf that takes a child's input: known of leaves and Sequentials."""
-    child = _child(owner, name)
+    child = sites.submodule(owner, name)
     if child is None or is_leaf(child):
         return None if child is None else name
     if not isinstance(child, nn.Sequential):
         return None
     inner = _first(child, next(iter(child._modules)))
-    return None if inner is None else join(name, inner)
+    return None if inner is None else joined(name, inner)
 
 
 @functools.lru_cache(maxsize=512)

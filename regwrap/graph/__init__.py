@@ -29,7 +29,7 @@ from regwrap.graph.owner import Facts, facts, facts_about, method_of, trace
 from regwrap.graph.questions import activation_after, calls_of, input_of, is_dropout
 from regwrap.graph.tracer import Tracer
 from regwrap.graph.verdicts import Activation, Call, Existing, Refused, Site, Verdict
-from regwrap.graph.view import ABSENT, look_up
+from regwrap.graph.view import ABSENT, joined, look_up
 
 __all__ = [
     "ABSENT",
@@ -54,6 +54,7 @@ __all__ = [
     "input_of",
     "is_dropout",
     "is_linear",
+    "joined",
     "look_up",
     "method_of",
     "part",

@@ -27,7 +27,7 @@ from regwrap.graph.view import has_body, is_indexed, is_stock_sequential
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is an `nn.Linear`, a subclass of it, or transformers' `Conv1D`."""
     cls = type(module)
-    conv1d = cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"
+    conv1d = cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers.")
     return conv1d or isinstance(module, nn.Linear)
 
 

@@ -60,7 +60,7 @@ def is_stock_sequential(module: nn.Module) -> bool:
 
 
 def joined(path: str, name: str) -> str:
-    """A path with one more name."""
+    """The dotted path of a name beneath a path."""
     return f"{path}.{name}" if path else name
 
 

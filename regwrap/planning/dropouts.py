@@ -12,9 +12,10 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from regwrap import graph, record, sites
 from regwrap.errors import PolicyError, RegwrapWarning
+from regwrap.graph import joined
 from regwrap.planning.claims import Claim, Claims
 from regwrap.planning.reach import Reach
-from regwrap.planning.survey import CALL, Survey, class_name, join
+from regwrap.planning.survey import CALL, Survey, class_name
 from regwrap.record import Rule
 from regwrap.terms import Dropout
 from regwrap.where import shown
@@ -93,20 +94,13 @@ def _place_for(survey: Survey, layer: nn.Module, module: nn.Module, how: str, no
 # --- which layers -------------------------------------------------------------------------------
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Whether a Dropout rule takes the module for a Linear layer."""
-    cls = type(module)
-    by_name = cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers.")
-    return isinstance(module, nn.Linear) or by_name
-
-
 def _layers(survey: Survey, reach: Reach) -> list[nn.Module]:
     """Every Linear reached, and other leaf layers that the rule names itself."""
     governed = {id(m) for n in _itself(reach) for m in _governed(n)}
     found = {
         id(n.module): n.module
         for n in reach.modules
-        if is_linear(n.module) and id(n.module) not in governed
+        if graph.is_linear(n.module) and id(n.module) not in governed
     }
     for module in _itself(reach):
         leaf = not sites.children(module) and survey.is_called(module)
@@ -245,12 +239,8 @@ def _against_fx(survey: Survey, layer: nn.Module, term: Dropout) -> str:
     if term.at == "input" and not all(c.one_input for site in verdict.sites for c in site.calls):
         return "its input is not written alone where it is called"
     owners = (survey.model, *(survey.model.get_submodule(site.owner) for site in verdict.sites))
-    copying = next(filter(_copies_itself, owners), None)
-    return (
-        f"{class_name(copying)} copies or pickles itself in its own way"
-        if copying is not None
-        else ""
-    )
+    copying = [class_name(module) for module in owners if _copies_itself(module)]
+    return f"{copying[0]} copies or pickles itself in its own way" if copying else ""
 
 
 def _surely_gives_tensor(cls: type[nn.Module]) -> bool:
@@ -366,7 +356,7 @@ def _alone(survey: Survey, layer: nn.Module, names: list[str | None]) -> nn.Modu
     verdict = survey.verdict(layer)
     if verdict is None or len(verdict.sites) != 1 or len(names) != 1 or names[0] is None:
         return None
-    module = survey.model.get_submodule(join(verdict.sites[0].owner, names[0]))
+    module = survey.model.get_submodule(joined(verdict.sites[0].owner, names[0]))
     others = survey.verdict(module)
     once = others is not None and sum(len(site.calls) for site in others.sites) == 1
     readable = others is not None and others.reason in ("", _SEQUENTIAL)
@@ -376,7 +366,7 @@ def _alone(survey: Survey, layer: nn.Module, names: list[str | None]) -> nn.Modu
 def _stacks(survey: Survey, verdict: graph.Verdict, term: Dropout) -> bool:
     """Whether a Dropout follows that could not be taken in place of another."""
     found = [(site, c.dropout) for site in verdict.sites for c in site.calls if c.dropout]
-    names = [join(site.owner, dropout.module) for site, dropout in found if dropout.module]
+    names = [joined(site.owner, dropout.module) for site, dropout in found if dropout.module]
     alike = [_is_alike(survey.model.get_submodule(name), term) for name in names]
     return any(alike) or len(names) < len(found)  # the others are functions
 

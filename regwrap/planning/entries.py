@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from regwrap import record, sites
+from regwrap.graph import joined
 from regwrap.planning.claims import Claim, Claims
 from regwrap.planning.survey import (
     CALL,
@@ -66,18 +67,11 @@ def with_leftovers(policy: Policy, survey: Survey) -> Policy:
 def _leftovers(survey: Survey) -> Iterator[tuple[str, str]]:
     for node in survey.firsts():
         for child, rate in sites.rewritten(node.module).items():
-            path = f"{node.path}.{child}" if node.path else child
-            layer = _found(survey.model, path)
+            path = joined(node.path, child)
+            layer = sites.submodule(survey.model, path)
             if layer is not None and not any(map(_has_fx_mark, layer.modules())):
                 told = f"a Dropout of rate {rate:g} for the layer that was here before acts still"
                 yield path, f"{told}: call regularize again"
-
-
-def _found(model: nn.Module, path: str) -> nn.Module | None:
-    try:
-        return model.get_submodule(path)
-    except AttributeError:  # taken out since
-        return None
 
 
 def _has_fx_mark(module: nn.Module) -> bool:

@@ -9,6 +9,7 @@ from torch import nn
 
 from regwrap import sites
 from regwrap.errors import PolicyError
+from regwrap.graph import joined
 from regwrap.planning.claims import Claim, Claims
 from regwrap.planning.survey import (
     OUTPUT,
@@ -17,7 +18,6 @@ from regwrap.planning.survey import (
     Survey,
     can_be_penalised,
     class_name,
-    join,
 )
 from regwrap.record import Rule
 from regwrap.sites import Node
@@ -57,7 +57,7 @@ def reach(survey: Survey, where: Where) -> Reach:
         parameters += [
             (node, name)
             for name in survey.keys[id(node.module)]
-            if where.selects_parameter(join(node.path, name), node.path, node.module)
+            if where.selects_parameter(joined(node.path, name), node.path, node.module)
         ]
     return Reach(where, named, modules, parameters)
 
@@ -76,7 +76,7 @@ def claim_parameters(survey: Survey, claims: Claims, rule: Rule, reach: Reach) -
     ]
     for node, name in reach.parameters:
         if not can_be_penalised(node.module, name):
-            raise PolicyError(_no_gradient(rule, join(node.path, name), node.module, name))
+            raise PolicyError(_no_gradient(rule, joined(node.path, name), node.module, name))
         reached.append((node.module, name))
     if getattr(rule.term, "when", "always") == "called":
         _check_called(survey, rule, [module for module, _ in reached])
@@ -140,8 +140,8 @@ def unmatched(survey: Survey, index: int, where: object, term: Term | None, reac
     if isinstance(term, Dropout) and reach.parameters and not reach.modules:
         node, name = reach.parameters[0]
         return (
-            f"{told} reaches no Linear layer in {model}: {join(node.path, name)!r} is a parameter; "
-            f"name its layer {node.path!r}."
+            f"{told} reaches no Linear layer in {model}: {joined(node.path, name)!r} is a "
+            f"parameter; name its layer {node.path!r}."
         )
     if not reach.modules:
         return f"{told} matches nothing in {model}; {_nearest(survey, where)}."

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from regwrap import graph, sites
+from regwrap.graph import joined
 from regwrap.sites import Node
 
 Key = tuple[object, ...]
@@ -61,7 +62,7 @@ class Survey:
             key = keys[name] = _key(node.module, name)
             site = self.sites.setdefault(key, Site(key))
             site.owners.append((node.module, name))
-            site.paths.append(join(node.path, name))
+            site.paths.append(joined(node.path, name))
 
     @functools.cached_property
     def _of_linears(self) -> dict[str, graph.Verdict]:
@@ -116,11 +117,6 @@ class Survey:
 def _key(module: nn.Module, name: str) -> Key:
     own = sites.plain(module, name)
     return ("parameter", id(own)) if own is not None else ("effective", id(module), name)
-
-
-def join(path: str, name: str) -> str:
-    """The dotted path of a name beneath a path."""
-    return f"{path}.{name}" if path else name
 
 
 def _dims(module: nn.Module, name: str) -> int:

@@ -230,7 +230,8 @@ def _refuse_owner_above(root: nn.Module) -> None:
         found = fx.rewritten(module)
         for insert in () if found is None else found.inserts:
             # all beneath: a LoRA layer may have taken the place of the one it wraps
-            within.update(map(id, _beneath(module, insert.child)))
+            called = sites.submodule(module, insert.child)
+            within.update(() if called is None else map(id, called.modules()))
     was_given = record.read(root).census is not None  # then a caller may have been replaced since
     for path, module in root.named_modules():
         callers = [m.callers for m in record.read(module).marks if m.mechanism == "fx"]
@@ -241,13 +242,6 @@ def _refuse_owner_above(root: nn.Module) -> None:
                 "the code of a module above or beside the one given; call unregularize on the "
                 "model that was regularized first."
             )
-
-
-def _beneath(owner: nn.Module, child: str) -> Iterable[nn.Module]:
-    try:
-        return owner.get_submodule(child).modules()
-    except AttributeError:  # taken out since
-        return ()
 
 
 _warned = False
