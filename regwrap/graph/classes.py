@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -138,7 +138,7 @@ def read_words(classes: Iterable[type]) -> None:
         by_key: dict[str, frozenset[str]] = {}
         stamp: dict[types.FunctionType, None] = {}
         for member in members_of(cls):
-            functions = with_global_functions(member.functions)
+            functions = _with_global_functions(member.functions)
             words = frozenset[str]().union(*map(said_by, functions))
             members[member.name] = members.get(member.name, frozenset()) | words
             by_key[member.key] = words
@@ -147,7 +147,7 @@ def read_words(classes: Iterable[type]) -> None:
         _WORDS[cls] = _ClassWords(members, by_key, codes)
 
 
-def with_global_functions(
+def _with_global_functions(
     functions: Iterable[types.FunctionType],
 ) -> dict[types.FunctionType, None]:
     """Functions and those that they name, and so on, of the model's author.
@@ -164,6 +164,12 @@ def with_global_functions(
                     seen[item] = None
                     todo.append(item)
     return seen
+
+
+def functions_run(cls: type, members: Container[str]) -> dict[types.FunctionType, None]:
+    """The functions of these members of a class, and those that they name, and so on."""
+    own = (f for m in members_of(cls) if m.name in members for f in m.functions)
+    return _with_global_functions(own)
 
 
 def _functions_of(code: object) -> list[types.FunctionType]:

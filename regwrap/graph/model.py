@@ -10,10 +10,9 @@ from torch import fx, nn
 
 from regwrap.graph.classes import (
     NOT_RUN,
-    members_of,
+    functions_run,
     read_words,
     roots_of,
-    with_global_functions,
     words_of,
 )
 from regwrap.graph.names import INTROSPECTION, Names, code_kept, globals_said, is_from, names_of
@@ -175,8 +174,7 @@ def _classes_asked(live: dict[type, frozenset[str]]) -> frozenset[type]:
     """The module classes that code which takes the class of something names."""
     found: set[type] = set()
     for cls, members in live.items():
-        own = (f for m in members_of(cls) if m.name in members for f in m.functions)
-        for function in with_global_functions(own):
+        for function in functions_run(cls, members):
             names = {n for code in codes_within(function.__code__) for n in code.co_names}
             if names & {"type", "__class__"}:
                 named = globals_said(function, frozenset(names))

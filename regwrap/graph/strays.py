@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from regwrap.graph.classes import members_of, roots_of, with_global_functions, words_of
+from regwrap.graph.classes import functions_run, roots_of, words_of
 from regwrap.graph.names import content_of, globals_said, spoken_by
 
 
@@ -108,8 +108,7 @@ def _said_with_globals(cls: type, inside: Mapping[int, nn.Module]) -> frozenset[
     """What code says that a class runs and that has a module of the model in a global variable."""
     live = words_of(cls).live(roots_of(words_of(cls).members))
     words: frozenset[str] = frozenset()
-    own = (f for m in members_of(cls) if m.name in live for f in m.functions)
-    for function in with_global_functions(own):
+    for function in functions_run(cls, live):
         said = spoken_by(function.__code__)
         held = (v for v in globals_said(function, said) if isinstance(v, nn.Module))
         if any(id(m) in inside for v in held for m in v.modules()):
